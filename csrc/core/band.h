@@ -1,0 +1,58 @@
+#pragma once
+
+#include "problem.h"
+
+// A mask is data about intervals: row i sees the keys [lo(i), hi(i)), and both ends never decrease with i.
+// Causal order, sliding windows and sequence lengths are all bands; loop bounds, edge tiles and element masks of every
+// kernel, forward and backward, come from here.
+
+namespace fae {
+
+struct Interval {
+  int64_t begin = 0, end = 0;  // empty unless begin < end
+  FAE_INLINE bool empty() const { return begin >= end; }
+  FAE_INLINE int64_t size() const { return empty() ? 0 : end - begin; }
+};
+
+struct Band {
+  int64_t seqlen_q = 0, seqlen_k = 0;
+  int64_t first = 0, last = 0;  // row i sees i + first <= j <= i + last, cut to [0, seqlen_k)
+
+  Band() = default;
+  // The diagonal is aligned to the bottom right: the last row sees the last key.
+  FAE_INLINE Band(int64_t seqlen_q_, int64_t seqlen_k_, int64_t window_left, int64_t window_right)
+      : seqlen_q(seqlen_q_),
+        seqlen_k(seqlen_k_),
+        first(seqlen_k_ - seqlen_q_ - window_left),
+        last(seqlen_k_ - seqlen_q_ + window_right) {}
+
+  FAE_INLINE int64_t lo(int64_t i) const { return clamp_length(i + first, seqlen_k); }
+  FAE_INLINE int64_t hi(int64_t i) const { return clamp_length(i + last + 1, seqlen_k); }
+  FAE_INLINE bool contains(int64_t i, int64_t j) const { return j >= lo(i) && j < hi(i); }
+
+  // Keys that any row of [i0, i1) sees, as one interval, and keys that every row of it sees.
+  FAE_INLINE Interval any(int64_t i0, int64_t i1) const {
+    if (i0 >= i1 || first > last) return {};
+    return {lo(i0), hi(i1 - 1)};
+  }
+  FAE_INLINE Interval every(int64_t i0, int64_t i1) const {
+    if (i0 >= i1 || first > last) return {};
+    return {lo(i1 - 1), hi(i0)};
+  }
+
+  // The same questions from the side of the keys [j0, j1): rows that see any of them, rows that see all of them.
+  FAE_INLINE Interval rows_any(int64_t j0, int64_t j1) const {
+    if (j0 >= j1 || first > last) return {};
+    return {clamp_length(j0 - last, seqlen_q), clamp_length(j1 - first, seqlen_q)};
+  }
+  FAE_INLINE Interval rows_every(int64_t j0, int64_t j1) const {
+    if (j0 >= j1 || first > last || j1 > seqlen_k) return {};
+    return {clamp_length(j1 - 1 - last, seqlen_q), clamp_length(j0 - first + 1, seqlen_q)};
+  }
+};
+
+FAE_INLINE Band band_of(const Problem& p, const Sequence& s) {
+  return Band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+}
+
+}  // namespace fae
