@@ -1,0 +1,358 @@
+#include "bias_gradient.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "pack.h"
+#include "recompute.h"
+#include "split.h"
+#include "statistics.h"
+
+// Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) for every type and option:
+//   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
+// A task (split.h) walks blocks of keys and, inside, blocks of queries; S and dP of one block pair stay in the cache
+// for the three products that use them.
+
+namespace fae::cpu::FAE_LEVEL {
+namespace {
+
+constexpr int64_t kBlockRows = 96;  // query rows at a time, whole strips
+
+// Keys packed at a time: what keeps K, V (transposed and straight) and dK, dV within the second-level cache.
+template <class T>
+int64_t keys_at_once(const Problem& p) {
+  const int64_t dim = padded<T>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
+  const int64_t keys = 131072 / static_cast<int64_t>(sizeof(T)) / dim / kBlockKeys * kBlockKeys;
+  return keys < kBlockKeys ? kBlockKeys : keys > 512 ? 512 : keys;
+}
+
+template <class T>
+struct Scratch {
+  T *k_transposed, *v_transposed, *k, *dk, *dv;  // of the packed keys
+  T *q, *dout, *dq;                              // of the query block
+  T *prob, *ds;                                  // [kBlockRows][kBlockKeys]
+  T* cap_gradient;                               // [kStripRows][kBlockKeys]
+  size_t bytes;
+
+  Scratch(const Problem& p, void* base) {
+    const int64_t keys = keys_at_once<T>(p), ld_qk = padded<T>(p.head_dim), ld_v = padded<T>(p.head_dim_v);
+    Arena arena(base);
+    k_transposed = arena.take<T>(keys * p.head_dim);
+    v_transposed = arena.take<T>(keys * p.head_dim_v);
+    k = arena.take<T>(keys * ld_qk);
+    dk = arena.take<T>(keys * ld_qk);
+    dv = arena.take<T>(keys * ld_v);
+    q = arena.take<T>(kBlockRows * ld_qk);
+    dout = arena.take<T>(kBlockRows * ld_v);
+    dq = arena.take<T>(kBlockRows * ld_qk);
+    prob = arena.take<T>(kBlockRows * kBlockKeys);
+    ds = arena.take<T>(kBlockRows * kBlockKeys);
+    cap_gradient = arena.take<T>(kStripRows * kBlockKeys);
+    bytes = arena.used();
+  }
+};
+
+// Partial sums of the pairs at work: dQ [pair][chunk][head of group][row][dim], dK and dV [pair][split][key][dim].
+// Absent where a task finishes its gradients alone.
+template <class T>
+struct Partials {
+  T *dq = nullptr, *dk = nullptr, *dv = nullptr;
+  size_t bytes = 0;
+
+  Partials(const Problem& p, const BackwardSplit& split, const LongestSequence& longest, void* base) {
+    Arena arena(base);
+    if (split.chunks > 1 || split.chunk_keys > keys_at_once<T>(p))
+      dq = arena.take<T>(split.pairs_at_once * split.chunks * split.group * longest.q * padded<T>(p.head_dim));
+    if (split.head_splits > 1) {
+      dk = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim));
+      dv = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim_v));
+    }
+    bytes = arena.used();
+  }
+};
+
+template <class T>
+class BackwardTask {
+ public:
+  BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
+               const Partials<T>& partials, const Scratch<T>& scratch, int64_t pair, int64_t slot, int64_t share,
+               int64_t chunk)
+      : p_(p),
+        split_(split),
+        longest_(longest),
+        partials_(partials),
+        scratch_(scratch),
+        batch_(pair / p.heads_kv),
+        head_kv_(pair % p.heads_kv),
+        slot_(slot),
+        share_(share),
+        chunk_(chunk),
+        sequence_(sequence_of(p, batch_)),
+        band_(band_of(p, sequence_)),
+        ld_qk_(padded<T>(p.head_dim)),
+        ld_v_(padded<T>(p.head_dim_v)) {}
+
+  void run() {
+    const int64_t first_head = share_ * split_.group / split_.head_splits;
+    const int64_t last_head = (share_ + 1) * split_.group / split_.head_splits;
+    if (partials_.dq)
+      for (int64_t member = first_head; member < last_head; ++member)
+        fill_zero(dq_partial(member, 0), longest_.q * ld_qk_);
+
+    const int64_t begin = clamp_length(chunk_ * split_.chunk_keys, sequence_.seqlen_k);
+    const int64_t end = clamp_length(begin + split_.chunk_keys, sequence_.seqlen_k);
+    int64_t key = begin;
+    do {  // at least once: a sequence without keys still writes dQ = 0
+      const int64_t key_end = key + keys_at_once<T>(p_) < end ? key + keys_at_once<T>(p_) : end;
+      pack_keys(key, key_end);
+      for (int64_t member = first_head; member < last_head; ++member)
+        queries_against(head_kv_ * split_.group + member, member, key, key_end);
+      write_dk_dv(key, key_end);
+      key = key_end;
+    } while (key < end);
+  }
+
+ private:
+  static constexpr int W = Vec<T>::width;
+
+  static void fill_zero(T* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = 0;
+  }
+  Rows rows_of(const TensorView& view, int64_t row, int64_t head) const {
+    return Rows(p_.dtype, view, batch_, row, head);
+  }
+  T* dq_partial(int64_t member, int64_t row) const {
+    const int64_t index = (slot_ * split_.chunks + chunk_) * split_.group + member;
+    return partials_.dq + (index * longest_.q + row) * ld_qk_;
+  }
+
+  void pack_keys(int64_t begin, int64_t end) const {
+    for (int64_t key = begin; key < end; key += kBlockKeys) {
+      const int64_t count = end - key < kBlockKeys ? end - key : kBlockKeys;
+      const Rows k = rows_of(p_.k, sequence_.k_start + key, head_kv_);
+      const Rows v = rows_of(p_.v, sequence_.k_start + key, head_kv_);
+      const int64_t at = key - begin;
+      pack_transposed<T>(k, count, p_.head_dim, static_cast<T>(p_.softmax_scale),
+                         scratch_.k_transposed + at * p_.head_dim, kBlockKeys);
+      pack_transposed<T>(v, count, p_.head_dim_v, T(1), scratch_.v_transposed + at * p_.head_dim_v, kBlockKeys);
+      pack_rows<T>(k, count, p_.head_dim, T(1), scratch_.k + at * ld_qk_);
+    }
+    fill_zero(scratch_.dk, (end - begin) * ld_qk_);
+    fill_zero(scratch_.dv, (end - begin) * ld_v_);
+  }
+
+  // All queries of one head against the packed keys [key_begin, key_end).
+  void queries_against(int64_t head, int64_t member, int64_t key_begin, int64_t key_end) {
+    const Recompute<T> recompute(p_, batch_, head);
+    // Where this task alone makes dQ it must also write the rows that see no key.
+    const Interval rows = partials_.dq ? band_.rows_any(key_begin, key_end) : Interval{0, sequence_.seqlen_q};
+    for (int64_t row = rows.begin / kBlockRows * kBlockRows; row < rows.end; row += kBlockRows) {
+      const int64_t end = row + kBlockRows < sequence_.seqlen_q ? row + kBlockRows : sequence_.seqlen_q;
+      pack_rows<T>(rows_of(p_.q, sequence_.q_start + row, head), end - row, p_.head_dim, T(1), scratch_.q);
+      pack_rows<T>(rows_of(p_.dout, sequence_.q_start + row, head), end - row, p_.head_dim_v, T(1), scratch_.dout);
+      fill_zero(scratch_.dq, (end - row) * ld_qk_);
+      const Interval keys = band_.any(row, end);
+      for (int64_t key = key_begin; key < key_end; key += kBlockKeys) {
+        prefetch_next_rows(head, end, key - key_begin, key_end - key_begin);
+        if (key < keys.end && key + kBlockKeys > keys.begin) block(recompute, row, end, key, key - key_begin);
+      }
+      write_dq(head, member, row, end);
+    }
+  }
+
+  // Spreads the prefetch of the next query block over the key blocks of this one.
+  void prefetch_next_rows(int64_t head, int64_t row, int64_t at, int64_t keys) const {
+    const int64_t begin = row + at * kBlockRows / keys, end = row + (at + kBlockKeys) * kBlockRows / keys;
+    const int64_t last = end < sequence_.seqlen_q ? end : sequence_.seqlen_q;
+    prefetch_rows(rows_of(p_.q, sequence_.q_start, head), begin, last, p_.head_dim);
+    prefetch_rows(rows_of(p_.dout, sequence_.q_start, head), begin, last, p_.head_dim_v);
+  }
+
+  // Query rows [row_begin, row_end) against the key block at `key`, packed at `at`.
+  void block(const Recompute<T>& recompute, int64_t row_begin, int64_t row_end, int64_t key, int64_t at) {
+    const Interval seeing = band_.rows_any(key, key + kBlockKeys);
+    const int64_t first = seeing.begin > row_begin ? (seeing.begin - row_begin) / kStripRows * kStripRows : 0;
+    const int64_t last = (seeing.end < row_end ? seeing.end : row_end) - row_begin;
+    for (int64_t row = first; row < last; row += kStripRows) {
+      const int64_t rows = last - row < kStripRows ? last - row : kStripRows;
+      recompute({scratch_.q + row * ld_qk_, scratch_.dout + row * ld_v_, scratch_.k_transposed + at * p_.head_dim,
+                 scratch_.v_transposed + at * p_.head_dim_v},
+                row_begin + row, rows, key, scratch_.prob + row * kBlockKeys, scratch_.ds + row * kBlockKeys,
+                scratch_.cap_gradient);
+    }
+    const T* k = scratch_.k + at * ld_qk_;
+    const T *q = scratch_.q + first * ld_qk_, *dout = scratch_.dout + first * ld_v_;
+    const T *prob = scratch_.prob + first * kBlockKeys, *ds = scratch_.ds + first * kBlockKeys;
+    const Interval seen = band_.any(row_begin + first, row_begin + last);
+    const int64_t key_first = seen.begin > key ? seen.begin - key : 0;
+    const int64_t key_last = seen.end - key < kBlockKeys ? seen.end - key : kBlockKeys;
+    const int64_t keys = key_last - key_first, rows = last - first;
+    // dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+    gemm<T>({.a = prob + key_first,
+             .a_row = 1,
+             .a_k = kBlockKeys,
+             .b = dout,
+             .ldb = ld_v_,
+             .c = scratch_.dv + (at + key_first) * ld_v_,
+             .ldc = ld_v_,
+             .rows = keys,
+             .cols = ld_v_,
+             .depth = rows,
+             .accumulate = true});
+    gemm<T>({.a = ds + key_first,
+             .a_row = 1,
+             .a_k = kBlockKeys,
+             .b = q,
+             .ldb = ld_qk_,
+             .c = scratch_.dk + (at + key_first) * ld_qk_,
+             .ldc = ld_qk_,
+             .rows = keys,
+             .cols = ld_qk_,
+             .depth = rows,
+             .accumulate = true});
+    gemm<T>({.a = ds + key_first,
+             .a_row = kBlockKeys,
+             .a_k = 1,
+             .b = k + key_first * ld_qk_,
+             .ldb = ld_qk_,
+             .c = scratch_.dq + first * ld_qk_,
+             .ldc = ld_qk_,
+             .rows = rows,
+             .cols = ld_qk_,
+             .depth = keys,
+             .accumulate = true});
+  }
+
+  void write_dq(int64_t head, int64_t member, int64_t row, int64_t end) const {
+    if (!partials_.dq)
+      return unpack_rows<T>(scratch_.dq, end - row, p_.head_dim, static_cast<T>(p_.softmax_scale),
+                            rows_of(p_.dq, sequence_.q_start + row, head));
+    T* partial = dq_partial(member, row);
+    for (int64_t i = 0; i < (end - row) * ld_qk_; i += W)
+      (Vec<T>::load(partial + i) + Vec<T>::load(scratch_.dq + i)).store(partial + i);
+  }
+
+  void write_dk_dv(int64_t begin, int64_t end) const {
+    if (!partials_.dk) {
+      unpack_rows<T>(scratch_.dk, end - begin, p_.head_dim, static_cast<T>(p_.softmax_scale),
+                     rows_of(p_.dk, sequence_.k_start + begin, head_kv_));
+      return unpack_rows<T>(scratch_.dv, end - begin, p_.head_dim_v, T(1),
+                            rows_of(p_.dv, sequence_.k_start + begin, head_kv_));
+    }
+    const int64_t at = (slot_ * split_.head_splits + share_) * longest_.k + begin;
+    std::memcpy(partials_.dk + at * ld_qk_, scratch_.dk, (end - begin) * ld_qk_ * sizeof(T));
+    std::memcpy(partials_.dv + at * ld_v_, scratch_.dv, (end - begin) * ld_v_ * sizeof(T));
+  }
+
+  const BackwardProblem& p_;
+  const BackwardSplit& split_;
+  const LongestSequence& longest_;
+  const Partials<T>& partials_;
+  const Scratch<T>& scratch_;
+  const int64_t batch_, head_kv_, slot_, share_, chunk_;
+  const Sequence sequence_;
+  const Band band_;
+  const int64_t ld_qk_, ld_v_;
+};
+
+// dst = scale * sum of `count` partial sums, `stride` elements apart, in their order.
+template <class T>
+void add_partials(T* partial, int64_t count, int64_t stride, int64_t rows, int64_t cols, T scale, const Rows& dst) {
+  for (int64_t n = 1; n < count; ++n)
+    for (int64_t i = 0; i < rows * padded<T>(cols); i += Vec<T>::width)
+      (Vec<T>::load(partial + i) + Vec<T>::load(partial + n * stride + i)).store(partial + i);
+  unpack_rows<T>(partial, rows, cols, scale, dst);
+}
+
+// Adds the partial sums of the pairs [first_pair, last_pair) up; a task does some rows of dQ, or of dK and dV.
+template <class T>
+void add_up(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
+            const Partials<T>& partials, int64_t first_pair, int64_t last_pair, const Execution& execution) {
+  constexpr int64_t kRows = 128;
+  const int64_t ld_qk = padded<T>(p.head_dim), ld_v = padded<T>(p.head_dim_v);
+  const auto clipped = [](int64_t begin, int64_t length) { return clamp_length(length - begin, kRows); };
+  if (partials.dq) {
+    const int64_t blocks = ceil_div(longest.q, kRows);
+    execution.parallel((last_pair - first_pair) * split.group * blocks, [&](int64_t task, int) {
+      const int64_t slot = task / blocks / split.group, member = task / blocks % split.group;
+      const int64_t pair = first_pair + slot, batch = pair / p.heads_kv, row = task % blocks * kRows;
+      const Sequence s = sequence_of(p, batch);
+      const int64_t stride = split.group * longest.q * ld_qk;
+      T* partial = partials.dq + slot * split.chunks * stride + (member * longest.q + row) * ld_qk;
+      add_partials(partial, split.chunks, stride, clipped(row, s.seqlen_q), p.head_dim, static_cast<T>(p.softmax_scale),
+                   Rows(p.dtype, p.dq, batch, s.q_start + row, pair % p.heads_kv * split.group + member));
+    });
+  }
+  if (partials.dk) {
+    const int64_t blocks = ceil_div(longest.k, kRows);
+    execution.parallel((last_pair - first_pair) * blocks, [&](int64_t task, int) {
+      const int64_t slot = task / blocks, pair = first_pair + slot, batch = pair / p.heads_kv;
+      const int64_t key = task % blocks * kRows, head = pair % p.heads_kv;
+      const Sequence s = sequence_of(p, batch);
+      const int64_t at = slot * split.head_splits * longest.k + key, rows = clipped(key, s.seqlen_k);
+      add_partials(partials.dk + at * ld_qk, split.head_splits, longest.k * ld_qk, rows, p.head_dim,
+                   static_cast<T>(p.softmax_scale), Rows(p.dtype, p.dk, batch, s.k_start + key, head));
+      add_partials(partials.dv + at * ld_v, split.head_splits, longest.k * ld_v, rows, p.head_dim_v, T(1),
+                   Rows(p.dtype, p.dv, batch, s.k_start + key, head));
+    });
+  }
+}
+
+// Everything that the workspace holds and the cut it belongs to.
+template <class T>
+struct Plan {
+  LongestSequence longest;
+  BackwardSplit split;
+  size_t scratch_bytes, bytes;
+  StatsView delta;
+  Partials<T> partials;
+  char* scratch;
+
+  Plan(const Problem& p, int threads, void* base)
+      : longest(p),
+        split(p, longest.q, longest.k, keys_at_once<T>(p), padded<T>(p.head_dim) * sizeof(T),
+              (padded<T>(p.head_dim) + padded<T>(p.head_dim_v)) * sizeof(T), threads),
+        scratch_bytes(Scratch<T>(p, nullptr).bytes),
+        partials(p, split, longest, nullptr) {
+    Arena arena(base);
+    delta = take_delta<T>(p, arena);
+    partials = Partials<T>(p, split, longest, arena.take<char>(partials.bytes));
+    const size_t bias_bytes = typename BiasGradient<T>::Scratch(p, nullptr).bytes;
+    scratch = arena.take<char>(threads * (scratch_bytes > bias_bytes ? scratch_bytes : bias_bytes));
+    bytes = arena.used();
+  }
+};
+
+template <class T>
+void run_backward(BackwardProblem p, const Execution& execution) {
+  const Plan<T> plan(p, execution.threads, execution.workspace);
+  const BackwardSplit& split = plan.split;
+  p.delta = plan.delta;
+  compute_delta<T>(p, plan.longest.q, execution);
+  if (p.dsinks) compute_dsinks<T>(p, execution);
+  if (p.dbias.data) compute_dbias<T>(p, execution, plan.scratch);
+
+  const int64_t tasks = split.tasks_per_pair();
+  for (int64_t first = 0; first < split.pairs; first += split.pairs_at_once) {
+    const int64_t last = first + split.pairs_at_once < split.pairs ? first + split.pairs_at_once : split.pairs;
+    // Chunks outermost: under a causal mask the first chunks are the longest tasks.
+    execution.parallel((last - first) * tasks, [&](int64_t task, int worker) {
+      const Scratch<T> scratch(p, plan.scratch + worker * plan.scratch_bytes);
+      const int64_t slot = task % (last - first), part = task / (last - first);
+      BackwardTask<T>(p, split, plan.longest, plan.partials, scratch, first + slot, slot, part % split.head_splits,
+                      part / split.head_splits)
+          .run();
+    });
+    add_up(p, split, plan.longest, plan.partials, first, last, execution);
+  }
+}
+
+}  // namespace
+
+size_t backward_workspace(const BackwardProblem& p, int threads) {
+  return p.dtype == DType::float64 ? Plan<double>(p, threads, nullptr).bytes : Plan<float>(p, threads, nullptr).bytes;
+}
+
+void backward(const BackwardProblem& p, const Execution& execution) {
+  p.dtype == DType::float64 ? run_backward<double>(p, execution) : run_backward<float>(p, execution);
+}
+
+}  // namespace fae::cpu::FAE_LEVEL

@@ -1,0 +1,260 @@
+#include "../core/schedule.h"
+#include "kernels.h"
+#include "pack.h"
+#include "scores.h"
+#include "split.h"
+
+// Forward attention for a few query rows, such as one new token against a long history. Memory bounds it: K and V are
+// read once, where they lie, row by row for all heads, which is the order of memory. Histories are cut into chunks of
+// keys, whose results join by the block formula of the online softmax.
+
+namespace fae::cpu::FAE_LEVEL {
+namespace {
+
+// The cut of a history depends on its length alone, so that a sequence's bits do not depend on the batch.
+struct DecodeSplit {
+  static constexpr int64_t kChunkKeys = 256;
+  int64_t group, rows, chunks;  // rows: of all heads
+
+  explicit DecodeSplit(const Problem& p) : group(p.heads / p.heads_kv) {
+    const LongestSequence longest(p);
+    rows = longest.q * p.heads;
+    chunks = longest.k > 0 ? ceil_div(longest.k, kChunkKeys) : 1;
+  }
+};
+
+// What a task makes of its keys: statistics and unnormalised output of every row, rows ordered [head][query].
+template <class T>
+struct Partial {
+  RowState<T, Vec<T>>* state;
+  T* o;
+  size_t bytes;
+
+  Partial(const Problem& p, const DecodeSplit& split, void* base) {
+    Arena arena(base);
+    state = arena.take<RowState<T, Vec<T>>>(split.rows);
+    o = arena.take<T>(split.rows * padded<T>(p.head_dim_v));
+    bytes = arena.used();
+  }
+};
+
+template <class T>
+struct Scratch {
+  T *q, *prob;
+  size_t bytes;
+
+  Scratch(const Problem& p, const DecodeSplit& split, void* base) {
+    Arena arena(base);
+    q = arena.take<T>(split.rows * padded<T>(p.head_dim));
+    prob = arena.take<T>(split.rows * kBlockKeys);
+    bytes = arena.used();
+  }
+};
+
+template <class T, class S>
+class DecodeTask {
+ public:
+  DecodeTask(const Problem& p, const DecodeSplit& split, int64_t batch, const Partial<T>& partial,
+             const Scratch<T>& scratch)
+      : p_(p),
+        split_(split),
+        batch_(batch),
+        sequence_(sequence_of(p, batch_)),
+        band_(band_of(p, sequence_)),
+        rows_(sequence_.seqlen_q * p.heads),
+        rows_per_kv_(sequence_.seqlen_q * split.group),
+        ld_qk_(padded<T>(p.head_dim)),
+        ld_v_(padded<T>(p.head_dim_v)),
+        partial_(partial),
+        scratch_(scratch) {}
+
+  void run(int64_t chunk) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      pack_rows<T>(Rows(p_.dtype, p_.q, batch_, sequence_.q_start + query(r), head(r)), 1, p_.head_dim,
+                   static_cast<T>(p_.softmax_scale), scratch_.q + r * ld_qk_);
+      partial_.state[r] = {};
+    }
+    for (int64_t i = 0; i < rows_ * ld_v_; ++i) partial_.o[i] = 0;
+    const Interval seen = band_.any(0, sequence_.seqlen_q);
+    const int64_t begin = chunk * DecodeSplit::kChunkKeys, end = begin + DecodeSplit::kChunkKeys;
+    for (int64_t key = begin; key < end; key += kBlockKeys)
+      if (key < seen.end && key + kBlockKeys > seen.begin) step(key);
+  }
+
+  // O / l and lse of every row.
+  void finish() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      RowState<T> state = partial_.state[r].total();
+      const T factor = p_.sinks ? state.add_sink(static_cast<const T*>(p_.sinks)[head(r)]) : T(1);
+      unpack_rows<T>(partial_.o + r * ld_v_, 1, p_.head_dim_v, factor * state.inverse_sum(),
+                     Rows(p_.dtype, p_.out, batch_, sequence_.q_start + query(r), head(r)));
+      *stats_ptr<T>(p_.lse, batch_, sequence_.q_start + query(r), head(r)) = state.lse();
+    }
+  }
+
+  // Takes the result of another chunk in.
+  void join(const Partial<T>& other) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const auto [mine, theirs] = partial_.state[r].join(other.state[r]);
+      T* o = partial_.o + r * ld_v_;
+      for (int64_t d = 0; d < ld_v_; d += W)
+        (Vec<T>::load(o + d) * mine + Vec<T>::load(other.o + r * ld_v_ + d) * theirs).store(o + d);
+    }
+  }
+
+ private:
+  static constexpr int W = Vec<T>::width;
+
+  int64_t query(int64_t r) const { return r % sequence_.seqlen_q; }
+  int64_t head(int64_t r) const { return r / sequence_.seqlen_q; }
+
+  void step(int64_t key) {
+    const int64_t count = sequence_.seqlen_k - key < kBlockKeys ? sequence_.seqlen_k - key : kBlockKeys;
+    const int64_t cols = padded<T>(count);
+    scores(key, count);
+    for (int64_t r = 0; r < rows_; ++r) {
+      T* s = scratch_.prob + r * kBlockKeys;
+      const ScoreTerms<T> terms(p_, batch_, head(r), sequence_);
+      if (terms.any()) terms.apply(s, query(r), 1, key, 0, cols);
+      mask_band(s, band_, query(r), key, 0, cols);
+      softmax(partial_.state[r], s, partial_.o + r * ld_v_, cols);
+      if (terms.dropout()) {
+        T factors[kBlockKeys];
+        terms.dropout_factors(query(r), key, 0, cols, factors);
+        for (int64_t j = 0; j < cols; ++j) s[j] *= factors[j];
+      }
+    }
+    accumulate(key, count);
+  }
+
+  static void prefetch(const S* row, int64_t n) {
+    for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(S)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+  }
+
+  // S = Q K^T: as many keys at a time as a vector has lanes.
+  void scores(int64_t key, int64_t count) const {
+    for (int64_t j = 0; j < count; j += W) {
+      const int64_t keys = count - j < W ? count - j : W;
+      for (int64_t head = 0; head < p_.heads_kv; ++head) {
+        const S* k = row_ptr<S>(p_.k, batch_, sequence_.k_start + key + j, head);
+        for (int64_t i = 0; i < keys && j + W + i < count; ++i) prefetch(k + (W + i) * p_.k.stride_row, p_.head_dim);
+        for (int64_t r = head * rows_per_kv_; r < (head + 1) * rows_per_kv_; ++r)
+          dot_products(scratch_.q + r * ld_qk_, k, keys).store(scratch_.prob + r * kBlockKeys + j);
+      }
+    }
+  }
+
+  // q with each of `keys` rows of K: a sum per lane of every row, then all rows' lanes added up by a transposition.
+  FAE_INLINE Vec<T> dot_products(const T* q, const S* k, int64_t keys) const {
+    const int64_t stride = p_.k.stride_row, whole = p_.head_dim / W * W;
+    Vec<T> sums[W];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) {
+      const S* row = k + (lane < keys ? lane : 0) * stride;  // lanes without a key are masked later
+      sums[lane] = T(0);
+      for (int64_t d = 0; d < whole; d += W) sums[lane] += load_as<T>(row + d) * Vec<T>::load(q + d);
+      if (whole < p_.head_dim) sums[lane] += load_as<T>(row + whole, p_.head_dim - whole) * Vec<T>::load(q + whole);
+    }
+    transpose<T>(sums);
+#pragma GCC unroll 4
+    for (int n = W / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+    return sums[0];
+  }
+
+  void softmax(RowState<T, Vec<T>>& state, T* s, T* o, int64_t cols) const {
+    Vec<T> block_max = minus_infinity<T>();
+    for (int64_t j = 0; j < cols; j += W) block_max = max(Vec<T>::load(s + j), block_max);
+    const T factor = state.update_max(max(block_max));
+    if (factor != T(1))
+      for (int64_t d = 0; d < ld_v_; d += W) (Vec<T>::load(o + d) * factor).store(o + d);
+    const Vec<T> m = finite_max(state.m);
+    for (int64_t j = 0; j < cols; j += W) {
+      const Vec<T> e = exp_of(Vec<T>::load(s + j) - m);
+      e.store(s + j);
+      state.l += e;
+    }
+  }
+
+  // O += P V, eight rows of V at a time, so that O is loaded and stored once for them.
+  void accumulate(int64_t key, int64_t count) const {
+    constexpr int64_t kRows = 8;
+    for (int64_t j = 0; j < count; j += kRows) {
+      const int64_t keys = count - j < kRows ? count - j : kRows;
+      for (int64_t head = 0; head < p_.heads_kv; ++head) {
+        const S* v = row_ptr<S>(p_.v, batch_, sequence_.k_start + key + j, head);
+        for (int64_t i = 0; i < keys && j + kRows + i < count; ++i)
+          prefetch(v + (kRows + i) * p_.v.stride_row, p_.head_dim_v);
+        for (int64_t r = head * rows_per_kv_; r < (head + 1) * rows_per_kv_; ++r)
+          add_values(scratch_.prob + r * kBlockKeys + j, v, keys, partial_.o + r * ld_v_);
+      }
+    }
+  }
+
+  FAE_INLINE void add_values(const T* prob, const S* v, int64_t keys, T* o) const {
+    const int64_t stride = p_.v.stride_row;
+    int64_t d = 0;
+    for (; d + W <= p_.head_dim_v; d += W) {
+      Vec<T> sum = Vec<T>::load(o + d);
+      for (int64_t i = 0; i < keys; ++i) sum += prob[i] * load_as<T>(v + i * stride + d);
+      sum.store(o + d);
+    }
+    if (d == p_.head_dim_v) return;
+    Vec<T> sum = Vec<T>::load(o + d);
+    for (int64_t i = 0; i < keys; ++i) sum += prob[i] * load_as<T>(v + i * stride + d, p_.head_dim_v - d);
+    sum.store(o + d);
+  }
+
+  const Problem& p_;
+  const DecodeSplit& split_;
+  const int64_t batch_;
+  const Sequence sequence_;
+  const Band band_;
+  const int64_t rows_, rows_per_kv_, ld_qk_, ld_v_;
+  const Partial<T>& partial_;
+  const Scratch<T>& scratch_;
+};
+
+// Workspace: the partial results of all (batch, chunk), then every worker's scratch.
+template <class T>
+size_t workspace(const Problem& p, int threads) {
+  const DecodeSplit split(p);
+  return p.batch * split.chunks * Partial<T>(p, split, nullptr).bytes + threads * Scratch<T>(p, split, nullptr).bytes;
+}
+
+template <class T, class S>
+void run_decode(const Problem& p, const Execution& execution) {
+  const DecodeSplit split(p);
+  const size_t partial_bytes = Partial<T>(p, split, nullptr).bytes;
+  const size_t scratch_bytes = Scratch<T>(p, split, nullptr).bytes;
+  char* const partials = static_cast<char*>(execution.workspace);
+  char* const scratches = partials + p.batch * split.chunks * partial_bytes;
+  const auto partial = [&](int64_t batch, int64_t chunk) {
+    return Partial<T>(p, split, partials + (batch * split.chunks + chunk) * partial_bytes);
+  };
+  execution.parallel(p.batch * split.chunks, [&](int64_t task, int worker) {
+    const int64_t batch = task / split.chunks, chunk = task % split.chunks;
+    const Scratch<T> scratch(p, split, scratches + worker * scratch_bytes);
+    const Partial<T> result = partial(batch, chunk);
+    DecodeTask<T, S>(p, split, batch, result, scratch).run(chunk);
+  });
+  execution.parallel(p.batch, [&](int64_t batch, int worker) {
+    const Scratch<T> scratch(p, split, scratches + worker * scratch_bytes);
+    const Partial<T> first = partial(batch, 0);
+    const DecodeTask<T, S> work(p, split, batch, first, scratch);
+    for (int64_t chunk = 1; chunk < split.chunks; ++chunk) work.join(partial(batch, chunk));
+    work.finish();
+  });
+}
+
+}  // namespace
+
+size_t decode_workspace(const Problem& p, int threads) { return workspace<float>(p, threads); }
+
+void decode(const Problem& p, const Execution& execution) {
+  with_storage<float>(p.dtype, [&](auto storage) { run_decode<float, decltype(storage)>(p, execution); });
+}
+
+}  // namespace fae::cpu::FAE_LEVEL
