@@ -1,0 +1,126 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+
+#include "../core/band.h"
+#include "../core/philox.h"
+#include "../core/schedule.h"
+#include "../core/score.h"
+#include "../core/softmax.h"
+#include "module.h"
+
+// csrc/core as Python sees it, so that tests can prove it on any machine. An interval is (begin, end).
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace fae::python {
+namespace {
+
+using Pair = std::pair<int64_t, int64_t>;
+
+Pair pair_of(const Interval& x) { return {x.begin, x.end}; }
+
+void bind_band(py::module_& m) {
+  py::class_<Band>(m, "Band")
+      .def(py::init([](int64_t seqlen_q, int64_t seqlen_k, std::optional<int64_t> left, std::optional<int64_t> right) {
+             return Band(seqlen_q, seqlen_k, left.value_or(kUnlimited), right.value_or(kUnlimited));
+           }),
+           "seqlen_q"_a, "seqlen_k"_a, "window_left"_a = py::none(), "window_right"_a = py::none())
+      .def("lo", &Band::lo, "row"_a)
+      .def("hi", &Band::hi, "row"_a)
+      .def("contains", &Band::contains, "row"_a, "col"_a)
+      .def("any", [](const Band& band, int64_t i0, int64_t i1) { return pair_of(band.any(i0, i1)); })
+      .def("every", [](const Band& band, int64_t i0, int64_t i1) { return pair_of(band.every(i0, i1)); })
+      .def("rows_any", [](const Band& band, int64_t j0, int64_t j1) { return pair_of(band.rows_any(j0, j1)); })
+      .def("rows_every", [](const Band& band, int64_t j0, int64_t j1) { return pair_of(band.rows_every(j0, j1)); });
+}
+
+void bind_schedule(py::module_& m) {
+  m.def(
+      "key_blocks",
+      [](Pair any, Pair every, int64_t block_cols) {
+        const KeyBlocks blocks({any.first, any.second}, {every.first, every.second}, block_cols);
+        return std::array{blocks.begin, blocks.full_begin, blocks.full_end, blocks.end};
+      },
+      "any"_a, "every"_a, "block_cols"_a, "[begin, full_begin, full_end, end] of KeyBlocks");
+  m.def(
+      "tile_schedule",
+      [](int64_t batch, int64_t heads, int64_t seqlen, int64_t block_rows) {
+        const TileSchedule schedule(batch, heads, seqlen, block_rows);
+        std::vector<std::array<int64_t, 3>> tiles;
+        for (int64_t i = 0; i < schedule.size(); ++i)
+          tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
+        return tiles;
+      },
+      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "[batch, head, block] of every tile, in order");
+}
+
+void bind_dropout(py::module_& m) {
+  m.def(
+      "philox4x32",
+      [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+        const Philox4 out = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        return std::array{out.word[0], out.word[1], out.word[2], out.word[3]};
+      },
+      "counter"_a, "key"_a);
+  m.def(
+      "dropout_bits",
+      [](int64_t seed, int64_t offset, int64_t heads, int64_t batch, int64_t head, int64_t row, int64_t col) {
+        const int64_t rng_state[2] = {seed, offset};
+        Problem p;
+        p.heads = heads;
+        p.rng_state = rng_state;
+        return dropout_bits(p, batch, head).bits(row, col);
+      },
+      "seed"_a, "offset"_a, "heads"_a, "batch"_a, "head"_a, "row"_a, "col"_a);
+  m.def("dropout_threshold", [](double dropout_p) { return dropout_threshold(dropout_p); });
+  m.def("dropout_scale", [](double dropout_p) { return dropout_scale(dropout_p); });
+}
+
+void bind_softmax(py::module_& m) {
+  using State = RowState<double>;
+  py::class_<State>(m, "RowState")
+      .def(py::init())
+      .def_readwrite("m", &State::m)
+      .def_readwrite("l", &State::l)
+      .def("update_max", &State::update_max, "block_max"_a)
+      .def(
+          "join",
+          [](State& state, const State& other) {
+            const auto [mine, theirs] = state.join(other);
+            return std::array{mine, theirs};
+          },
+          "other"_a, "[factor for what this state has summed, factor for the other's]")
+      .def("add_sink", &State::add_sink, "sink"_a)
+      .def("lse", &State::lse)
+      .def("inverse_sum", &State::inverse_sum);
+  m.def(
+      "merge",
+      [](double a, double b) {
+        const Merge<double> joined = merge(a, b);
+        return std::array{joined.lse, joined.weight_a, joined.weight_b};
+      },
+      "lse_a"_a, "lse_b"_a, "[lse, weight_a, weight_b]");
+}
+
+void bind_score(py::module_& m) {
+  m.def("softcap", [](double score, double cap) { return apply_softcap(score, cap); }, "score"_a, "softcap"_a);
+  m.def(
+      "softcap_gradient", [](double capped, double cap) { return softcap_gradient(capped, cap); }, "capped"_a,
+      "softcap"_a);
+  m.def("alibi", [](double slope, double distance) { return alibi(slope, distance); }, "slope"_a, "distance"_a);
+}
+
+}  // namespace
+
+void bind_core(py::module_& m) {
+  bind_band(m);
+  bind_schedule(m);
+  bind_dropout(m);
+  bind_softmax(m);
+  bind_score(m);
+}
+
+}  // namespace fae::python
