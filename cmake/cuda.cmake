@@ -1,0 +1,55 @@
+# Decides whether CUDA is built (FAE_CUDA becomes ON or OFF) and for which architectures (FAE_CUDA_ARCHITECTURES, in
+# CMake's notation, of the folders that are not for one architecture only).
+
+if(FAE_CUDA STREQUAL "AUTO" OR FAE_CUDA)
+  find_program(FAE_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+  if(DEFINED ENV{CUDACXX})
+    set(nvcc $ENV{CUDACXX})
+  elseif(FAE_NVCC)
+    set(nvcc ${FAE_NVCC})
+  elseif(FAE_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA: no nvcc on PATH or in CUDA_HOME: building the CPU library only (FAE_CUDA=1 to insist)")
+  else()
+    message(FATAL_ERROR "FAE_CUDA=1 needs nvcc: put it on PATH, set CUDA_HOME, or build with isolation")
+  endif()
+else()
+  message(STATUS "CUDA: switched off by FAE_CUDA: building the CPU library only")
+endif()
+
+if(NOT nvcc)
+  set(FAE_CUDA OFF)
+  return()
+endif()
+set(FAE_CUDA ON)
+
+# torch's notation ("8.0;9.0a;9.0+PTX", or with spaces) to CMake's. Feature letters (9.0a) matter to folders written for
+# one architecture; code for all of them takes the plain one.
+set(architectures "$ENV{TORCH_CUDA_ARCH_LIST}")
+if(NOT architectures)
+  set(architectures "8.0;9.0a+PTX")
+endif()
+string(REPLACE " " ";" architectures "${architectures}")
+set(FAE_CUDA_ARCHITECTURES "")
+foreach(architecture IN LISTS architectures)
+  if(NOT architecture MATCHES "^([0-9]+)\\.([0-9])[af]?(\\+PTX)?$")
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: \"${architecture}\" is not like 8.0, 9.0a or 9.0+PTX")
+  endif()
+  list(APPEND FAE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real)
+  if(CMAKE_MATCH_3)
+    list(APPEND FAE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-virtual)
+  endif()
+endforeach()
+list(REMOVE_DUPLICATES FAE_CUDA_ARCHITECTURES)
+
+# -Xptxas -v reports registers and spills; the launcher keeps that report and stops the build on bad news in it. The real
+# path of Python stays the same from one virtual environment to the next, and with it the command line.
+file(REAL_PATH ${Python_EXECUTABLE} python)
+set(CMAKE_CUDA_COMPILER ${nvcc})
+set(CMAKE_CUDA_ARCHITECTURES ${FAE_CUDA_ARCHITECTURES})
+set(CMAKE_CUDA_COMPILER_LAUNCHER ${python};${CMAKE_CURRENT_LIST_DIR}/ptxas_log.py;${CMAKE_BINARY_DIR}/ptxas)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+enable_language(CUDA)
+message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for ${FAE_CUDA_ARCHITECTURES}")
