@@ -1,0 +1,43 @@
+"""Exact attention without the matrix of scores: tiled online-softmax forward, recomputation backward.
+
+Layout (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim) for the varlen functions.
+"""
+
+from .attention import attention, attention_varlen, merge, softmax
+from .errors import InputError
+from .explain import Explanation, backends, explain
+from .flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from .modules import FlashAttention, MultiheadAttention
+from .ops import __version__
+from .padding import pad_input, unpad_input
+from .sdpa import scaled_dot_product_attention
+
+__all__ = [
+    "Explanation",
+    "FlashAttention",
+    "InputError",
+    "MultiheadAttention",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "backends",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "merge",
+    "pad_input",
+    "scaled_dot_product_attention",
+    "softmax",
+    "unpad_input",
+]

@@ -1,0 +1,316 @@
+"""attention, attention_varlen, merge and softmax: the package's own functions over the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import Attention, Merge, Softmax, run
+from .errors import InputError, raise_input_error
+from .ops import stats_dtype
+
+# (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
+Window = tuple[int | None, int | None]
+
+_KINDS = {
+    **dict.fromkeys(("q", "k", "v"), "tensor"),
+    **dict.fromkeys(("bias", "mask", "alibi_slopes", "sinks", "seqused_q", "seqused_k"), "tensor?"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "tensor?"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "integer?"),
+    **dict.fromkeys(("softcap", "dropout_p"), "number"),
+    "softmax_scale": "number?",
+}
+_MERGE_KINDS = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b"), "tensor")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Any:
+    """Exact attention, softmax(scores) v, without the matrix of scores in memory (FlashAttention, arXiv 2205.14135).
+
+        score = softcap tanh(softmax_scale q.k / softcap) - slope |i + shift - j| + bias,   shift = seqlen_k - seqlen_q
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or, on the CPU, float64.
+        k: (batch, seqlen_k, heads_kv, head_dim), q's dtype and device; heads must be a multiple of heads_kv, and
+            neighbouring query heads share a key head (grouped-query attention, arXiv 2305.13245).
+        v: (batch, seqlen_k, heads_kv, head_dim_v). head_dim and head_dim_v are 1 to 512 and may differ. Strides of q,
+            k and v are free; where the last one is not 1, one copy is made.
+        causal: row i sees keys j <= i + shift: the diagonal ends in the bottom right corner.
+        window_size: (left, right): row i sees keys i + shift - left <= j <= i + shift + right; -1 is no limit. causal
+            makes right 0.
+        softmax_scale: any float; None is 1 / sqrt(head_dim).
+        softcap: limits scores to (-softcap, softcap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off.
+        bias: added to the scores; broadcasts to (batch, heads, seqlen_q, seqlen_k); q's dtype or float32. Has a
+            gradient, in its own shape.
+        mask: bool, broadcasts like bias; True = attend.
+        alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409).
+        sinks: (heads,) logits that take part in the softmax without a value, and have a gradient.
+        dropout_p: probability, 0 to 1, with which elements of the softmax are dropped (the rest is scaled by
+            1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.
+        seqused_q, seqused_k: (batch,) int32: how many rows and keys of each sequence are in use; the diagonal follows
+            them. Rows beyond give out 0 and lse -inf.
+        deterministic: the gradients are the same, bit for bit, from run to run.
+        return_lse: return (out, lse) instead of out.
+
+    Returns:
+        out: (batch, seqlen_q, heads, head_dim_v), q's dtype; differentiable.
+        lse: (batch, heads, seqlen_q), float32 (float64 for float64): the natural logarithm of the softmax's
+            denominator; differentiable.
+        A row that sees nothing has out 0, lse -inf (the sink, where there is one) and gradients 0.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
+    """
+    window, unmet = window_of(causal, window_size)
+    out, lse = attend(
+        "attention",
+        q,
+        k,
+        v,
+        unmet,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        deterministic=deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Any:
+    """`attention` over packed sequences of different lengths, without padding.
+
+    Args:
+        q: (total_q, heads, head_dim): the sequences one after the other.
+        k: (total_k, heads_kv, head_dim).
+        v: (total_k, heads_kv, head_dim_v).
+        cu_seqlens_q: (batch + 1,) int32: sequence b holds rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]; starts with 0,
+            never decreases, and ends at total_q or before.
+        cu_seqlens_k: the same for k and v; None: the same as cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: hints, lengths that no sequence exceeds. Never needed.
+        bias, mask: the last two dimensions count rows and keys from the start of each sequence; they are 1 or at
+            least as long as the longest sequence.
+        The other arguments are those of `attention`.
+
+    Returns:
+        out: (total_q, heads, head_dim_v), q's dtype; differentiable.
+        lse: (heads, total_q), if return_lse; differentiable.
+        Rows that belong to no sequence have out 0 and lse -inf.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
+    """
+    window, unmet = window_of(causal, window_size)
+    if cu_seqlens_q is None:
+        raise InputError("attention_varlen", [*unmet, "cu_seqlens_q must be a torch.Tensor, got None"])
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    out, lse = attend(
+        "attention_varlen",
+        q,
+        k,
+        v,
+        unmet,
+        window=window,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        deterministic=deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins the attention of the same queries over two sets of keys into the attention over both.
+
+    The block formula of online softmax (arXiv 1805.02867, section 3.1), on normalised results:
+    lse = log(e^lse_a + e^lse_b), out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b.
+
+    Args:
+        out_a, out_b: (batch, seqlen_q, heads, head_dim) or packed (total_q, heads, head_dim), one dtype.
+        lse_a, lse_b: (batch, heads, seqlen_q) or (heads, total_q), float32 (float64 for float64); -inf where a row saw
+            nothing.
+
+    Returns:
+        (out, lse) in the same shapes and dtypes; differentiable.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
+    """
+    try:
+        return run(Merge, out_a, lse_a, out_b, lse_b)
+    except Exception as error:
+        raise_input_error("merge", error, locals(), _MERGE_KINDS)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """softmax(x) over the last dimension, its maximum and sum found in one pass (online softmax, arXiv 1805.02867,
+    algorithm 3).
+
+    Args:
+        x: (..., n), float64, float32, bfloat16 or float16. A row of -inf gives NaN, as torch.softmax does.
+
+    Returns:
+        The same shape and dtype; twice differentiable.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
+    """
+    try:
+        return run(Softmax, x)
+    except Exception as error:
+        raise_input_error("softmax", error, locals(), {"x": "tensor"})
+
+
+def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[str]]:
+    """The window of the ops from the public convention, and the constraints that window_size does not meet."""
+    sides = tuple(window_size) if isinstance(window_size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
+        line = f"window_size must be two integers (left, right), each -1 (no limit) or at least 0, got {window_size!r}"
+        return (None, None), [line]
+    left, right = sides
+    return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
+
+
+def attend(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    unmet: Sequence[str] = (),
+    *,
+    window: Window = (None, None),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    rng_state: Tensor | None = None,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What every public attention function ends in: (out, lse), or an InputError of `function`.
+
+    Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
+    that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
+    """
+    try:
+        scale, state, sink_logits = softmax_scale, rng_state, sinks
+        q, k, v, bias = autocast(q, k, v, bias)
+        if scale is None:
+            scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
+        if sink_logits is not None:
+            sink_logits = sink_logits.to(stats_dtype(q.dtype))
+        if dropout_p > 0 and state is None:
+            state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+        out, lse = run(
+            Attention,
+            q,
+            k,
+            v,
+            _four_dimensional(bias),
+            _four_dimensional(mask),
+            alibi_slopes,
+            sink_logits,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_q,
+            seqused_k,
+            state,
+            max_seqlen_q,
+            max_seqlen_k,
+            *window,
+            scale,
+            softcap,
+            dropout_p,
+            deterministic,
+        )
+    except Exception as error:
+        raise_input_error(function, error, locals(), _KINDS, unmet)
+    if unmet:
+        raise InputError(function, unmet)
+    return out, lse
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Under torch.autocast q, k and v take its dtype, as they do for torch's own attention; float64 stays."""
+    device = q.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return q, k, v, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    # A float32 bias is welcome beside any dtype.
+    return cast(q), cast(k), cast(v), bias if bias is None or bias.dtype == torch.float32 else cast(bias)
+
+
+def _four_dimensional(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() >= 4 else x[(None,) * (4 - x.dim())]

@@ -1,0 +1,119 @@
+"""Loads the op libraries and tells torch the shapes that the ops return (fake kernels).
+
+The ops are torch.ops.flash_attn_ext.{forward, backward, merge, merge_backward, softmax, softmax_backward}; their
+schemas are in the native library. Gradients and vmap are in autograd.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+LIBRARY = _FOLDER / "libflash_attn_ext.so"
+CUDA_LIBRARY = _FOLDER / "libflash_attn_ext_cuda.so"
+
+
+def _load() -> str:
+    """Loads what is there; returns in words what became of the CUDA library."""
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        import_module("._C", __package__)
+    except (OSError, ImportError) as error:
+        raise ImportError(
+            f"flash_attn_ext needs its compiled libraries ({error.__cause__ or error}): build them with "
+            "`pip install --no-build-isolation -e .` in the source tree, or install the package with `pip install .`"
+        ) from None
+    if torch.version.cuda is None:
+        return "not loaded: this torch has no CUDA"
+    if not CUDA_LIBRARY.exists():
+        return "not built: build with nvcc on the machine, or with FAE_CUDA=1"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        warnings.warn(f"flash_attn_ext runs without CUDA: {error}", stacklevel=2)
+        return f"not loaded: {error}"
+    return "loaded"
+
+
+cuda_library_status = _load()
+ops = torch.ops.flash_attn_ext
+__version__: str = import_module("._C", __package__).build_info()["version"]
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of lse and sinks beside inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# The tensors among the options of forward and backward, in the order of the schema; numbers follow.
+_OPTIONAL_TENSORS = (
+    *("bias", "mask", "alibi_slopes", "sinks"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state"),
+)
+
+
+def _check_one_device(op: str, **tensors: Tensor | None) -> None:
+    """The native checks do not run where one of the tensors is a meta tensor, so mixed devices end here."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first, expected = next(iter(devices.items()))
+    lines = [f"- {n} must be on {first}'s device {expected}, got {d}" for n, d in devices.items() if d != expected]
+    if lines:
+        raise RuntimeError("\n".join([f"flash_attn_ext.{op}:", *lines]))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check_one_device("forward", q=q, k=k, v=v, **dict(zip(_OPTIONAL_TENSORS, options, strict=False)))
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    *batch, rows, heads, _ = q.shape  # batch is empty for packed tensors
+    return out, q.new_empty((*batch, heads, rows), dtype=stats_dtype(q.dtype))
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = dict(zip(_OPTIONAL_TENSORS, options, strict=False))
+    _check_one_device("backward", q=q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, **given)
+    bias, sinks, bias_requires_grad = given["bias"], given["sinks"], options[-1]
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else q.new_empty((0,))
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None else lse.new_empty((0,))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    _check_one_device("merge", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _merge_backward(
+    dout: Tensor, dlse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (out_a, lse_a, out_b, lse_b)
+    dout_a, dlse_a, dout_b, dlse_b = (x.new_empty(x.shape) for x in inputs)
+    return dout_a, dlse_a, dout_b, dlse_b
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+_fakes: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "backward": _backward,
+    "merge": _merge,
+    "merge_backward": _merge_backward,
+    "softmax": _softmax,
+    "softmax_backward": _softmax_backward,
+}
+for _name, _fake in _fakes.items():
+    torch.library.register_fake(f"flash_attn_ext::{_name}", _fake)

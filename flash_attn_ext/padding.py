@@ -1,0 +1,62 @@
+"""From padded batches to packed sequences and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .errors import InputError
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Drops the padding: what attention_varlen takes, from a padded batch. Waits for the device once.
+
+    Args:
+        hidden_states: (batch, seqlen, ...).
+        attention_mask: (batch, seqlen), bool or integer; nonzero = a token.
+        unused_mask: (batch, seqlen), nonzero = room for a token that is not used yet: kept in the packed tensor, but
+            not counted in `seqused`.
+
+    Returns:
+        hidden_states: (total, ...), the rows where either mask is set; differentiable.
+        indices: (total,) int64, their places in the flattened (batch * seqlen).
+        cu_seqlens: (batch + 1,) int32.
+        max_seqlen: length of the longest sequence.
+        seqused: (batch,) int32, tokens per sequence without the unused ones.
+    """
+    unmet = []
+    for name, mask in {"attention_mask": attention_mask, "unused_mask": unused_mask}.items():
+        if mask is not None and (hidden_states.dim() < 2 or mask.shape != hidden_states.shape[:2]):
+            unmet.append(
+                f"{name} must have shape (batch, seqlen), the first two dimensions of hidden_states "
+                f"{tuple(hidden_states.shape)}, got {tuple(mask.shape)}"
+            )
+    if unmet:
+        raise InputError("unpad_input", unmet)
+    tokens = attention_mask != 0
+    rows = tokens if unused_mask is None else tokens | (unused_mask != 0)
+    lengths = rows.sum(1, dtype=torch.int32)
+    indices = rows.flatten().nonzero().flatten()
+    cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    max_seqlen = int(lengths.max()) if len(lengths) else 0
+    return hidden_states.flatten(0, 1)[indices], indices, cu_seqlens, max_seqlen, tokens.sum(1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """Puts packed rows back in their places in a padded batch, with zeros elsewhere.
+
+    Args:
+        hidden_states: (total, ...).
+        indices: (total,) from `unpad_input`.
+
+    Returns:
+        (batch, seqlen, ...); differentiable.
+    """
+    if indices.shape != hidden_states.shape[:1]:
+        line = f"indices must have shape (total,) = {tuple(hidden_states.shape[:1])}, got {tuple(indices.shape)}"
+        raise InputError("pad_input", [line])
+    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))

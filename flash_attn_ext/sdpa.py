@@ -1,0 +1,151 @@
+"""scaled_dot_product_attention with the signature, layout and causal order of torch's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .attention import attend
+from .errors import InputError, raise_input_error
+
+_FUNCTION = "scaled_dot_product_attention"
+_IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim))"
+_KINDS = {**dict.fromkeys(("query", "key", "value"), "tensor"), "attn_mask": "tensor?"}
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """A drop-in for torch.nn.functional.scaled_dot_product_attention: softmax(scale query key^T + attn_mask) value.
+
+    Args:
+        query: (..., seqlen_q, head_dim), usually (batch, heads, seqlen_q, head_dim); float16, bfloat16, float32 or, on
+            the CPU, float64. The leading dimensions of query, key and value broadcast.
+        key: (..., seqlen_k, head_dim).
+        value: (..., seqlen_k, head_dim_v).
+        attn_mask: broadcasts to (..., seqlen_q, seqlen_k). bool: True = attend; query's dtype or float32: added to the
+            scores, with a gradient.
+        dropout_p: applied always, in training or not, as torch's is.
+        is_causal: row i sees keys 0 to i: the diagonal starts in the top left corner. Excludes attn_mask.
+        scale: None is 1 / sqrt(head_dim).
+        enable_gqa: the third dimension from the right is heads; those of key and value divide that of query.
+
+    Returns:
+        (..., seqlen_q, head_dim_v), query's dtype. A row that sees nothing is 0.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
+    """
+    try:
+        q, k, v, bias, mask = query, key, value, None, None
+        leading = None
+        if attn_mask is not None or not _is_usual(query, key, value, enable_gqa):
+            leading = _leading_dimensions(query, key, value, attn_mask, is_causal, enable_gqa)
+            q, k, v = (_batch_and_heads(x, leading, enable_gqa) for x in (query, key, value))
+            if k.shape[1] != v.shape[1]:  # torch takes any two numbers that divide the heads of query
+                heads_kv = math.lcm(k.shape[1], v.shape[1])
+                k, v = (x.repeat_interleave(heads_kv // x.shape[1], 1) for x in (k, v))
+            if attn_mask is not None:
+                bias, mask = _scores(attn_mask, leading, query.dtype)
+        out, _ = attend(
+            _IN_OUR_LAYOUT,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            # The window is aligned to the bottom right; this moves its diagonal to the top left.
+            window=(None, query.shape[-2] - key.shape[-2] if is_causal else None),
+            softmax_scale=scale,
+            bias=bias,
+            mask=mask,
+            dropout_p=dropout_p,
+        )
+        out = out.transpose(1, 2)
+        return out if leading is None else out.reshape(*leading, *out.shape[2:])
+    except Exception as error:
+        raise_input_error(_FUNCTION, error, locals(), _KINDS)
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """(batch, heads, seqlen, dim) with nothing to broadcast: what nearly every call has, and small calls feel."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    (batch, heads), (batch_kv, heads_kv) = query.shape[:2], key.shape[:2]
+    grouped = enable_gqa and heads_kv > 0 and heads % heads_kv == 0
+    return batch == batch_kv and key.shape[:2] == value.shape[:2] and (heads == heads_kv or grouped)
+
+
+def _leading_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> tuple[int, ...]:
+    """Everything before (seqlen_q, head_dim_v) in the result; an InputError lists what keeps it from being found."""
+    lines = []
+    tensors = {"query": query, "key": key, "value": value}
+    not_broadcast = 3 if enable_gqa else 2  # heads, seqlen, dim
+    if attn_mask is not None:
+        if is_causal:
+            lines.append("is_causal must be False where attn_mask is given, got both")
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            lines.append(f"attn_mask must be bool, float32 or query's {query.dtype}, got {attn_mask.dtype}")
+    too_small = [name for name, x in tensors.items() if x.dim() < not_broadcast]
+    for name in too_small:
+        lines.append(f"{name} must have at least {not_broadcast} dimensions, got shape {tuple(tensors[name].shape)}")
+    if too_small:
+        raise InputError(_FUNCTION, lines)
+
+    leading = _broadcast([x.shape[:-not_broadcast] for x in tensors.values()])
+    if leading is None:
+        given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        lines.append(f"all but the last {not_broadcast} dimensions of query, key and value must broadcast, got {given}")
+        raise InputError(_FUNCTION, lines)
+    if enable_gqa:
+        heads = query.shape[-3]
+        leading = (*leading, heads)
+        for name in ("key", "value"):
+            n = tensors[name].shape[-3]
+            if heads % n if n else heads:
+                lines.append(f"the heads of {name} must divide the {heads} of query, got {n}")
+    if attn_mask is not None and attn_mask.dim() > len(leading) + 2:
+        lines.append(f"attn_mask must have at most {len(leading) + 2} dimensions, got shape {tuple(attn_mask.shape)}")
+    if lines:
+        raise InputError(_FUNCTION, lines)
+    return leading
+
+
+def _broadcast(shapes: list[torch.Size]) -> tuple[int, ...] | None:
+    if shapes[0] == shapes[1] == shapes[2]:
+        return tuple(shapes[0])
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        return None
+
+
+def _batch_and_heads(x: Tensor, leading: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """(batch, heads, seqlen, dim), with the leading dimensions broadcast."""
+    heads = x.shape[-3:-2] if enable_gqa else leading[-1:]
+    return _four(x.expand(*leading[:-1], *heads, *x.shape[-2:]))
+
+
+def _scores(attn_mask: Tensor, leading: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """attn_mask as (bias, mask), each (batch or 1, heads or 1, seqlen_q or 1, seqlen_k or 1) or None."""
+    if attn_mask.dim() > 4 or len(leading) > 2:
+        attn_mask = attn_mask.expand(*leading[:-1], *((*(1,) * 4, *attn_mask.shape)[-3:]))
+    scores = _four(attn_mask)
+    if scores.dtype == torch.bool:
+        return None, scores
+    # Torch takes a float32 mask beside float64; the op's bias has q's dtype there.
+    widen = dtype == torch.float64 and scores.dtype == torch.float32
+    return scores.double() if widen else scores, None
+
+
+def _four(x: Tensor) -> Tensor:
+    return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
