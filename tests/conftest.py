@@ -1,0 +1,87 @@
+"""Devices, instruction-set levels and dtypes: every test that takes `device` runs on each of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import DTYPE_NAMES, DTYPES
+from hypothesis import HealthCheck, settings
+
+from flash_attn_ext import _C
+
+CPU_LEVELS: tuple[str, ...] = tuple(_C.build_info()["cpu_levels_available"])
+ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
+# The matrix unit multiplies bfloat16 only; everything else at these levels runs the kernels of the level below.
+MATRIX_LEVELS = ("amx", "amx_emulated")
+
+EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "2000"))
+settings.register_profile(
+    "problems",
+    max_examples=EXAMPLES,
+    # The same problems every time, so that no change fails by the luck of the draw; a number asked for is a search.
+    derandomize="FAE_TEST_EXAMPLES" not in os.environ,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("problems")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_report_header() -> str:
+    missing = [level for level in ALL_CPU_LEVELS if level not in CPU_LEVELS]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        f"flash_attn_ext: CPU levels {', '.join(CPU_LEVELS)}; not on this machine: {', '.join(missing) or 'none'}; "
+        f"GPU: {gpu}; {EXAMPLES} drawn problems (FAE_TEST_EXAMPLES)"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with `device` run on every CPU level and on CUDA; with `dtype` too, in every dtype that the place has."""
+    if "device" not in metafunc.fixturenames:
+        return
+    with_dtype = "dtype" in metafunc.fixturenames
+    parameters = []
+    for place in (*(f"cpu-{level}" for level in CPU_LEVELS), "cuda"):
+        marks = [pytest.mark.gpu] if place == "cuda" else []
+        if not with_dtype:
+            parameters.append(pytest.param(place, id=place, marks=marks))
+            continue
+        for dtype in DTYPES:
+            if place.removeprefix("cpu-") in MATRIX_LEVELS and dtype != torch.bfloat16:
+                continue
+            if place == "cuda" and dtype == torch.float64:
+                continue
+            parameters.append(pytest.param(place, dtype, id=f"{place}-{DTYPE_NAMES[dtype]}", marks=marks))
+    if with_dtype:
+        metafunc.parametrize(("device", "dtype"), parameters, indirect=["device"])
+    else:
+        metafunc.parametrize("device", parameters, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "cpu", with the kernels of the level in the test's id, or "cuda".
+
+    While it is in use, memory that torch hands out holds NaN, so that whatever a kernel leaves unwritten shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this is what makes torch fill new memory
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+        sizes = {"batch": 1, "seqlen_q": 9, "seqlen_k": 9, "heads": 1, "heads_kv": 1, "head_dim": 64, "head_dim_v": 64}
+        if not any(entry["accepted"] for entry in _C.explain(device="cuda", dtype="float16", **sizes)):
+            pytest.skip("this build has no attention kernels for CUDA")
+        yield "cuda"
+    else:
+        _C.set_cpu_level(request.param.removeprefix("cpu-"))
+        yield "cpu"
+        _C.set_cpu_level("")
+    torch.use_deterministic_algorithms(False)

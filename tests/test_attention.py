@@ -1,0 +1,216 @@
+"""Parity of every option with the float64 oracle, forward and backward, on every device, level and dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import BIAS_VALUES, VALUES, Case, check
+
+import flash_attn_ext
+from flash_attn_ext import reference
+
+# One case per option and per way an option can be given. Sizes straddle the tiles: a full one, a part of one.
+FEATURES = (
+    Case(),
+    Case(window_right=0),
+    Case(window_right=0, seqlen_q=70, seqlen_k=33),  # the first rows see nothing
+    Case(window_left=5, window_right=0),
+    Case(window_left=9, window_right=4),
+    Case(window_left=0, window_right=0),
+    Case(window_left=7),
+    Case(window_right=3),
+    Case(window_left=-3, window_right=9),
+    Case(window_left=6, window_right=-2),
+    Case(window_left=-4, window_right=-4),
+    Case(window_left=2, window_right=-3),  # nobody sees anything
+    Case(window_right=33 - 70),  # causal, aligned to the top left
+    Case(window_left=300, window_right=1000),
+    Case(heads=4, heads_kv=4),
+    Case(heads=6, heads_kv=2),
+    Case(heads=5, heads_kv=1),
+    Case(heads=1, heads_kv=1, batch=1),
+    Case(head_dim=64, head_dim_v=32),
+    Case(head_dim=24, head_dim_v=72),
+    Case(scale=0.0),
+    Case(scale=-0.3),
+    Case(scale=1.0),
+    Case(scale=3.0),
+    Case(softcap=2.0),
+    Case(softcap=30.0, scale=1.0),
+    Case(softcap=5.0, window_right=0, heads_kv=1),
+    Case(alibi="h"),
+    Case(alibi="bh", window_right=0),
+    Case(alibi="bh", seqlen_q=70, seqlen_k=33),
+    Case(bias="bhqk"),
+    Case(bias="11qk"),
+    Case(bias="b11k"),
+    Case(bias="1h1k"),
+    Case(bias="1hq1"),
+    Case(bias="1111"),
+    Case(bias="bhqk", bias_float32=True),
+    Case(bias="1hqk", bias_grad=False, window_right=0),
+    Case(mask="bhqk"),
+    Case(mask="11qk", mask_density=0.1),
+    Case(mask="b11k", mask_density=0.5, bias="1hq1"),
+    Case(mask="1h11", mask_density=0.5),
+    Case(mask="bhqk", mask_density=0.0),
+    Case(sinks=True),
+    Case(sinks=True, window_right=0, seqlen_q=70, seqlen_k=33),
+    Case(sinks=True, mask="bhqk", mask_density=0.02),
+    Case(used_k=(70, 41)),
+    Case(used_q=(20, 33), used_k=(0, 69), window_right=0),
+    Case(used_q=(33, 0), used_k=(31, 70), alibi="h", bias="bhqk", mask="b1qk"),
+    Case(lse_grad=False),
+    Case(lse_grad=False, window_right=0, batch=1),
+    Case(dropout_p=0.3),
+    Case(dropout_p=0.1, window_right=0, sinks=True, bias="1hqk"),
+    Case(dropout_p=1.0),
+    Case(dropout_p=0.5, softcap=4.0, alibi="h", mask="b11k", lengths_q=(40, 17), lengths_k=(21, 90)),
+    Case(window_left=30, window_right=2, softcap=8.0, alibi="bh", bias="bhqk", mask="11qk", sinks=True, dropout_p=0.2),
+)
+
+# Around the edges of tiles of 16, 32, 64, 96, 192 and 256 rows or keys.
+LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 95, 97, 127, 129, 191, 193, 255, 257, 300, 513)
+HEAD_DIMS = (1, 3, 8, 16, 31, 32, 40, 64, 65, 80, 96, 128, 160, 192, 256, 257, 512)
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_feature(device: str, dtype: torch.dtype, case: Case) -> None:
+    check(case.but(dtype=dtype), device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=0),
+        Case(batch=0, sinks=True, bias="bhqk"),
+        Case(heads=0, heads_kv=0),
+        Case(heads=0, heads_kv=0, sinks=True, mask="bhqk"),
+        Case(seqlen_q=0),
+        Case(seqlen_q=0, sinks=True, bias="11qk"),
+        Case(seqlen_k=0),
+        Case(seqlen_k=0, sinks=True),
+        Case(seqlen_k=0, window_right=0, bias="bhqk"),
+        Case(seqlen_q=0, seqlen_k=0),
+        Case(lengths_q=(), lengths_k=()),
+        Case(lengths_q=(), lengths_k=(), tail=3, sinks=True),
+        Case(lengths_q=(0, 0), lengths_k=(0, 5)),
+    ],
+    ids=str,
+)
+def test_empty(device: str, dtype: torch.dtype, case: Case) -> None:
+    check(case.but(dtype=dtype), device)
+
+
+@pytest.mark.parametrize("window_right", [None, 0], ids=["full", "causal"])
+@pytest.mark.parametrize("seqlen_q", LENGTHS)
+def test_length(device: str, dtype: torch.dtype, seqlen_q: int, window_right: int | None) -> None:
+    """Every length meets itself (the diagonal hits the tile edges) and another one, shorter or longer."""
+    other = LENGTHS[(LENGTHS.index(seqlen_q) * 8 + 5) % len(LENGTHS)]  # 8 and 21 share no factor: all appear as keys
+    case = Case(batch=1, heads=2, heads_kv=1, head_dim=64, seqlen_q=seqlen_q, window_right=window_right, dtype=dtype)
+    check(case.but(seqlen_k=other), device)
+    if seqlen_q <= 257 or window_right == 0:
+        check(case.but(seqlen_k=seqlen_q, head_dim=8), device)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dim(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    case = Case(batch=1, heads=2, seqlen_q=35, seqlen_k=67, window_right=4, dtype=dtype)
+    other = HEAD_DIMS[(HEAD_DIMS.index(head_dim) * 5 + 3) % len(HEAD_DIMS)]
+    check(case.but(head_dim=head_dim), device)
+    check(case.but(head_dim=head_dim, head_dim_v=other, softcap=3.0, bias="1h1k", sinks=True), device)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
+    """Score patterns that are hard on a running maximum; window and sinks change which key has the maximum."""
+    case = Case(batch=1, seqlen_q=130, seqlen_k=300, heads=2, heads_kv=1, values=values, dtype=dtype)
+    check(case, device)
+    check(case.but(window_right=0, sinks=True), device)
+    check(case.but(window_left=40, window_right=20, scale=-1 / math.sqrt(32)), device)
+
+
+@pytest.mark.parametrize("bias_values", BIAS_VALUES)
+def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:
+    case = Case(seqlen_q=40, seqlen_k=150, heads=2, heads_kv=1, bias="bhqk", bias_values=bias_values, dtype=dtype)
+    check(case, device)
+    check(case.but(bias="1hqk", bias_float32=True, window_right=0), device)
+    check(case.but(bias="b11k", sinks=True, values="growing"), device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(window_right=5, head_dim=16), Case(softcap=3.0, sinks=True, bias="1h1k"), Case(bias="1111", head_dim=8)],
+    ids=str,
+)
+def test_long(device: str, dtype: torch.dtype, case: Case) -> None:
+    """Several blocks of rows, several chunks of keys in the backward; sums over millions of elements."""
+    check(case.but(batch=1, heads=2, heads_kv=1, seqlen_q=1100, seqlen_k=2300, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_not_finite_inputs(device: str, dtype: torch.dtype, where: str, value: float) -> None:
+    """NaN and infinity in row 40 reach what sees it as they do in the reference; the backward survives them."""
+    inputs = Case(batch=1, seqlen_q=70, seqlen_k=70, heads=2, dtype=dtype).make(device)
+    given = [inputs[name] for name in "qkv"]
+    clean = flash_attn_ext.attention(*given, causal=True)
+    inputs[where][0, 40, 0, 3] = value
+    out = flash_attn_ext.attention(*given, causal=True)
+    expected = reference.attention(*given, causal=True)
+    assert torch.equal(out[:, 40:].isfinite(), expected[:, 40:].isfinite())
+    if where != "v":  # 0 * NaN is NaN: a value that is not finite may show in the rows before it, as it does in torch
+        assert torch.equal(out[:, :40], clean[:, :40])
+    leaves = [t.detach().requires_grad_() for t in given]
+    flash_attn_ext.attention(*leaves, causal=True).sum().backward()
+    if math.isnan(value):
+        assert leaves[0].grad[0, 40, 0].isnan().all()
+
+
+def test_dropout_statistics(device: str) -> None:
+    """With equal probabilities and v = 1, out * keys * (1 - p) counts the keys that a row kept: binomial."""
+    p, keys, rows, heads = 0.25, 256, 512, 4
+    q = torch.zeros(2, rows, heads, 8, device=device)
+    k = torch.zeros(2, keys, heads, 8, device=device)
+    torch.manual_seed(1)
+    out = flash_attn_ext.attention(q, k, torch.ones_like(k), dropout_p=p)[..., 0]
+    kept = out.double() * keys * (1 - p)
+    variance = keys * p * (1 - p)
+    # Five standard errors, over all rows and over the rows of each head, of the mean and of the variance.
+    for sample in (kept.flatten(), *kept.flatten(0, 1).unbind(1)):
+        assert abs(sample.mean() - keys * (1 - p)) < 5 * math.sqrt(variance / sample.numel())
+        assert abs(sample.var() / variance - 1) < 5 * math.sqrt(2 / sample.numel())
+
+
+def test_dropout_follows_the_seed(device: str) -> None:
+    q = torch.randn(1, 50, 2, 16, device=device)
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return flash_attn_ext.attention(q, q, q, dropout_p=0.5)
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(window_right=0, softcap=4.0, bias="1hqk", sinks=True),
+        Case(lengths_q=(5, 40), lengths_k=(70, 3), alibi="h", window_left=9),
+        Case(used_q=(33, 4), used_k=(1, 70), mask="b1qk"),
+    ],
+    ids=str,
+)
+def test_public_function_is_the_op(device: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways in give the same bits, gradients included."""
+    inputs = case.make(device)
+    public = case.run_ours(inputs)
+    monkeypatch.setattr(Case, "public", False)
+    op = case.run_ours(inputs)
+    assert public.keys() == op.keys()
+    for name, expected in op.items():
+        assert torch.equal(public[name], expected), name

@@ -1,0 +1,143 @@
+"""Rules that the build has to keep: what the libraries link to, what compilers reported, what is in the packages."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import flash_attn_ext
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(flash_attn_ext.__file__).parent
+LIBRARY = PACKAGE / "libflash_attn_ext.so"
+CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
+MAX_WHEEL_BYTES = 40 * 2**20
+
+op_library = pytest.mark.parametrize("library", [LIBRARY, CUDA_LIBRARY], ids=lambda path: path.name)
+
+
+def output(*command: object, **variables: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def skip_unless_built(library: Path) -> None:
+    if not library.exists():
+        pytest.skip(f"{library.name} was not built: no nvcc, or FAE_CUDA=0")
+
+
+@op_library
+def test_op_libraries_use_only_the_stable_abi(library: Path) -> None:
+    """C++ symbols of torch change from release to release, and Python's would tie the library to one Python."""
+    skip_unless_built(library)
+    symbols = output("nm", "-DC", "--undefined-only", library).splitlines()
+    ours = re.compile(r" fae::")  # the CUDA library's calls into the other one
+    foreign = [line for line in symbols if re.search(r"\b(at|c10|caffe2|torch)::|\b_?Py[A-Z_]", line)]
+    assert not [line for line in foreign if not ours.search(line)]
+    assert any("aoti_torch" in line for line in symbols), "nm shows no torch symbol at all: is this the library?"
+
+
+@op_library
+def test_op_libraries_need_no_cuda_library(library: Path) -> None:
+    """Static cudart and no libcuda: the library loads with any torch and any driver."""
+    skip_unless_built(library)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", library))
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if re.match(r"lib(cu|nv|python|c10|torch_cuda|torch_python)", name)]
+
+
+@op_library
+def test_op_libraries_export_only_their_interface(library: Path) -> None:
+    skip_unless_built(library)
+    exported = output("nm", "-DC", "--defined-only", library).splitlines()
+    assert not [line for line in exported if " T " in line and "fae::" not in line and "fae_" not in line]
+
+
+def test_code_shared_by_instruction_sets_is_portable() -> None:
+    """An inline function that several levels emit is kept once: the copy kept must run on every machine."""
+    (build,) = build_folders()
+    objects = {path: weak_functions(path) for path in build.glob("csrc/**/*.o") if "cuda" not in str(path)}
+    levels = [path for path in objects if re.search(r"fae_cpu_(avx2|avx512|amx)\.dir", str(path))]
+    if not levels:
+        pytest.skip("no instruction-set levels on this machine")
+    portable = set().union(*(names for path, names in objects.items() if path not in levels))
+    shared = portable & set().union(*(objects[path] for path in levels))
+    wide = {name for name, code in functions(LIBRARY) if name in shared and re.search(r"%[yz]mm|tileload", code)}
+    assert not wide
+
+
+def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
+    skip_unless_built(CUDA_LIBRARY)
+    (build,) = build_folders()
+    logs = list(build.glob("ptxas/*.log"))
+    assert {log.stem for log in logs} == {path.name for path in (ROOT / "csrc").glob("cuda/*.cu")}
+    for log in logs:
+        text = log.read_text()
+        assert not re.findall(r"\bC75\d\d\b.*", text), log.name
+        spills = re.findall(r"properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        assert spills, f"{log.name}: no kernel reported"
+        assert not [spill for spill in spills if spill[1:] != ("0", "0")], log.name
+
+
+def test_ptxas_launcher_fails_on_serialised_wgmma(tmp_path: Path) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'ptxas info : (C7510) Potential Performance Loss: serialized' >&2\n> $4\n")
+    compiler.chmod(0o755)
+    command = [sys.executable, ROOT / "cmake/ptxas_log.py", tmp_path / "ptxas", compiler, "-c", "a.cu", "-o"]
+    result = subprocess.run([*command, tmp_path / "a.o"], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "C7510" in result.stderr
+    assert "C7510" in (tmp_path / "ptxas/a.cu.log").read_text()
+    assert not (tmp_path / "a.o").exists()
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist(tmp_path: Path) -> None:
+    cuda = "1" if CUDA_LIBRARY.exists() else "0"
+    output(sys.executable, "-m", "build", "--sdist", "--wheel", "--no-isolation", "-o", tmp_path, ROOT, FAE_CUDA=cuda)
+    (wheel,) = tmp_path.glob("*.whl")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    libraries = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("*.so")}
+    assert modules | libraries | {"flash_attn_ext/py.typed"} <= names
+    assert not [name for name in names if not name.startswith("flash_attn_ext/")]
+
+    with tarfile.open(sdist) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {path for folder in ("csrc", "cmake", "build_backend") for path in (ROOT / folder).rglob("*.*")}
+    sources = {str(path.relative_to(ROOT)) for path in sources if path.suffix != ".pyc"}
+    assert sources | modules | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+
+
+def build_folders() -> list[Path]:
+    """The build folder that the installed library came from."""
+    folders = [path.parent for path in ROOT.glob("build/*/libflash_attn_ext.so") if "sanitize" not in path.parent.name]
+    same = [folder for folder in folders if (folder / LIBRARY.name).read_bytes() == LIBRARY.read_bytes()]
+    if not same:
+        pytest.skip("the library in use was not built in this tree")
+    return same[:1]
+
+
+def weak_functions(binary: Path) -> set[str]:
+    """Functions of which the linker keeps one copy of all that object files offer."""
+    return {line.split()[-1] for line in output("nm", "--defined-only", binary).splitlines() if " W " in line}
+
+
+def functions(binary: Path) -> list[tuple[str, str]]:
+    """(mangled name, assembly) of every function."""
+    parts = re.split(r"^[0-9a-f]+ <(.+)>:$", output("objdump", "-d", "--no-show-raw-insn", binary), flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))

@@ -1,0 +1,78 @@
+"""Bits do not depend on the run, on the number of threads, or on what else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, Inputs, Result
+
+CASES = (
+    Case(batch=1, heads=1, heads_kv=1, seqlen_q=700, seqlen_k=2500, head_dim=16),
+    Case(seqlen_q=130, seqlen_k=300, heads=6, heads_kv=2, window_right=0, bias="1h1k", sinks=True),
+    Case(seqlen_q=1, seqlen_k=3000, heads=4, heads_kv=2, batch=1),
+    Case(seqlen_q=96, seqlen_k=96, bias="11qk", softcap=5.0, dropout_p=0.2, alibi="h", window_left=40),
+    Case(lengths_q=(100, 0, 33), lengths_k=(70, 12, 333), heads=2, heads_kv=1, bias="b11k", tail=3),
+)
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_equal(got: Result, expected: Result) -> None:
+    for name, t in expected.items():
+        assert torch.equal(got[name], t), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads(device: str, dtype: torch.dtype, case: Case, thread_count: None) -> None:
+    if device == "cuda":
+        pytest.skip("threads belong to the CPU")
+    inputs = case.but(dtype=dtype).make()
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(case.but(dtype=dtype).run_ours(inputs))
+    for result in results[1:]:
+        assert_equal(result, results[0])
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_repeated_runs(device: str, dtype: torch.dtype, case: Case) -> None:
+    inputs = case.but(dtype=dtype).make(device)
+    expected = case.but(dtype=dtype).run_ours(inputs)
+    for _ in range(10):
+        assert_equal(case.but(dtype=dtype).run_ours(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=3, seqlen_q=70, seqlen_k=150, window_right=0, softcap=3.0, bias="bhqk", sinks=True),
+        Case(batch=3, seqlen_q=1, seqlen_k=1500, head_dim=64),
+        Case(batch=3, seqlen_q=300, seqlen_k=300, head_dim=64, alibi="bh", mask="b11k"),
+    ],
+    ids=str,
+)
+def test_batch_invariance(device: str, dtype: torch.dtype, case: Case) -> None:
+    """A sequence has the same bits alone as in a batch (dropout numbers the batch, and is left out).
+
+    Only the forward pass promises that: the backward's partial sums follow the shape of the whole call.
+    """
+    case = case.but(dtype=dtype)
+    inputs = case.make(device)
+    together = case.run_ours(inputs)
+    shared = ("sinks",)
+    for b in range(case.batch):
+        one: Inputs = {
+            name: t if t is None or name in shared else t[b : b + 1].contiguous() for name, t in inputs.items()
+        }
+        alone = case.but(batch=1).run_ours(one)
+        for name, t in alone.items():
+            if name in ("out", "lse"):
+                assert torch.equal(together[name][b : b + 1], t), name

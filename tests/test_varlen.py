@@ -1,0 +1,95 @@
+"""Packed sequences of different lengths."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Case, check
+
+import flash_attn_ext
+
+LENGTHS = {
+    "mixed": ((17, 1, 64, 33), (40, 90, 64, 3)),
+    "empty sequences": ((0, 12, 0, 0, 5), (7, 0, 0, 20, 31)),
+    "one": ((65,), (129,)),
+    "many short": ((1, 2, 3) * 12, (3, 1, 2) * 12),
+    "longest last": ((2, 3, 300), (2, 3, 300)),
+    "longest first": ((300, 3, 2), (257, 3, 2)),
+}
+OPTIONS = {
+    "plain": {},
+    "causal": {"window_right": 0},
+    "window": {"window_left": 20, "window_right": 3},
+    "bias": {"bias": "bhqk", "mask": "11qk"},
+    "broadcast bias": {"bias": "b11k", "alibi": "bh"},
+    "sinks": {"sinks": True, "softcap": 5.0, "window_right": 0},
+    "dropout": {"dropout_p": 0.4, "window_right": 0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed(device: str, dtype: torch.dtype, lengths: tuple, options: dict) -> None:
+    lengths_q, lengths_k = lengths
+    check(Case(lengths_q=lengths_q, lengths_k=lengths_k, head_dim=16, dtype=dtype, **options), device)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_rows_of_no_sequence(device: str, dtype: torch.dtype, options: dict) -> None:
+    """Rows after the last sequence hold NaN: they give out 0, lse -inf and gradients 0, and reach nothing else."""
+    case = Case(lengths_q=(9, 40), lengths_k=(50, 21), tail=5, dtype=dtype, **options)
+    result = case.run_ours(case.make(device))
+    assert not result["out"][-5:].any()
+    assert (result["lse"][:, -5:] == -math.inf).all()
+    for name in ("dq", "dk", "dv"):
+        assert not result[name][-5:].any(), name
+    check(case, device)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_used_lengths(device: str, dtype: torch.dtype, options: dict) -> None:
+    """seqused shortens packed sequences, and the diagonal follows; the rest holds NaN and is never read."""
+    case = Case(lengths_q=(30, 40, 8), lengths_k=(50, 21, 16), used_q=(30, 7, 0), used_k=(49, 21, 9), dtype=dtype)
+    check(case.but(**options), device)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_used_lengths_dense(device: str, dtype: torch.dtype, options: dict) -> None:
+    case = Case(batch=4, seqlen_q=35, seqlen_k=70, used_q=(35, 0, 7, 33), used_k=(1, 70, 0, 64), dtype=dtype)
+    check(case.but(**options), device)
+
+
+def packed(device: str, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    starts = torch.tensor([sum(lengths[:b]) for b in range(len(lengths) + 1)], dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(sum(lengths), 2, 32, generator=generator).to(device) for _ in range(3))
+    return q, k, v, starts
+
+
+def test_keys_follow_queries_by_default(device: str) -> None:
+    q, k, v, starts = packed(device, (12, 0, 30))
+    expected = flash_attn_ext.attention_varlen(q, k, v, starts, starts, causal=True)
+    assert torch.equal(flash_attn_ext.attention_varlen(q, k, v, starts, causal=True), expected)
+
+
+@pytest.mark.parametrize(("max_q", "max_k"), [(30, None), (None, 30), (30, 30), (42, 1000)])
+def test_length_hints_change_nothing(device: str, max_q: int | None, max_k: int | None) -> None:
+    q, k, v, starts = packed(device, (12, 0, 30))
+    expected = flash_attn_ext.attention_varlen(q, k, v, starts, causal=True)
+    got = flash_attn_ext.attention_varlen(q, k, v, starts, causal=True, max_seqlen_q=max_q, max_seqlen_k=max_k)
+    assert torch.equal(got, expected)
+
+
+def test_sequences_do_not_see_each_other(device: str, dtype: torch.dtype) -> None:
+    """Another sequence full of infinities changes no bit of its neighbours."""
+    case = Case(lengths_q=(20, 33, 15), lengths_k=(20, 33, 15), dtype=dtype, window_right=0)
+    inputs = case.make(device)
+    expected = case.run_ours(inputs)
+    for name in ("q", "k", "v"):
+        inputs[name][20:53] = math.inf
+    got = case.run_ours(inputs)
+    for name in ("out", "dq", "dk", "dv"):
+        for rows in (slice(0, 20), slice(53, 68)):
+            assert torch.equal(got[name][rows], expected[name][rows]), name
