@@ -344,12 +344,13 @@ def _bounds(case: Case, inputs: Inputs, oracle: Result, yardstick: Result) -> di
 
 
 def _with_rounding(case: Case, inputs: Inputs, oracle: Result, draw: int) -> Result:
-    """The oracle with noise where a kernel rounds: on scores, on delta, and on the lse that a backward starts from.
+    """The oracle with noise where a kernel rounds: on scores, lse, delta, and what is summed over keys or rows.
 
     A yardstick beside torch's, which for few keys adds in more parts, keeps its probabilities instead of computing them
     again from scores and lse, and whose softmax gives a gradient of exactly 0 where a row sees one key.
     A rounding has a standard deviation of u = eps / sqrt(12) of the number. Of a dot product added up term by term the
-    partial sums of n terms grow like sqrt(n), and each is rounded: together u * n / sqrt(2).
+    partial sums of n terms grow like sqrt(n), and each is rounded: together u * n / sqrt(2) of a term, or
+    u * sqrt(n / 2) of the sum.
     """
     generator = torch.Generator().manual_seed(draw)
     u = torch.finfo(torch.float32).eps / math.sqrt(12)
@@ -380,6 +381,11 @@ def _with_rounding(case: Case, inputs: Inputs, oracle: Result, draw: int) -> Res
     result = case.but(bias="bhqk", bias_grad=True, lse_grad=True).run_oracle(given)
     if inputs["bias"] is not None:
         result["dbias"] = result["dbias"].sum_to_size(inputs["bias"].shape)
+    # The products with the scores' matrix add up as many terms as it has columns (dk, dv: rows of all query heads).
+    _, rows, cols = case.sizes
+    terms = {"out": cols, "dq": cols, "dk": rows * case.heads // case.heads_kv, "dv": rows * case.heads // case.heads_kv}
+    for name, n in terms.items():
+        result[name] = result[name] + u * math.sqrt(n / 2) * rms(result[name]) * normal(*result[name].shape)
     return result
 
 
