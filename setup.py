@@ -1,7 +1,7 @@
 """Calls CMake, which describes the whole build (CMakeLists.txt); everything else is in pyproject.toml.
 
 Environment: FAE_CUDA=0/1 (without it CUDA is built where nvcc is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS,
-FAE_SANITIZE=1, FAE_WERROR=1.
+FAE_EMULATOR=1, FAE_SANITIZE=1, FAE_WERROR=1.
 """
 
 import os
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import environment  # noqa: E402
 
 PACKAGE = "flash_attn_ext"
-OPTIONS = {"FAE_CUDA": "AUTO", "FAE_SANITIZE": "OFF", "FAE_WERROR": "OFF"}
+OPTIONS = {"FAE_CUDA": "AUTO", "FAE_EMULATOR": "OFF", "FAE_SANITIZE": "OFF", "FAE_WERROR": "OFF"}
 
 
 class CleanBuild(build):

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "macros.h"
 
@@ -67,6 +68,7 @@ struct Problem {
   const int64_t* rng_state = nullptr;  // [2]: seed, offset
 
   bool deterministic = true;
+  bool allow_tf32 = false;  // float32 products may round their factors to tf32
 
   // Whether scores need more than scale and band before the softmax (template switch of the kernels).
   FAE_INLINE bool general_scores() const {
@@ -89,7 +91,10 @@ struct Sequence {
   int64_t seqlen_q = 0, seqlen_k = 0;
 };
 
-FAE_INLINE int64_t clamp_length(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
+template <class A, class B>
+FAE_INLINE std::common_type_t<A, B> clamp_length(A x, B limit) {
+  return x < 0 ? 0 : x > limit ? limit : x;
+}
 
 FAE_INLINE Sequence sequence_of(const Problem& p, int64_t b) {
   Sequence s;

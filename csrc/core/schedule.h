@@ -7,7 +7,10 @@
 
 namespace fae {
 
-FAE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+FAE_INLINE std::common_type_t<A, B> ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 FAE_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // One block of rows of one head: what a forward task computes.
@@ -29,12 +32,62 @@ struct TileSchedule {
   }
 };
 
+// The blocks of all sequences of a packed tensor, numbered without knowing the lengths: sequence b owns the numbers from
+// cu_seqlens[b] / block_rows + b on, which are always enough for it. Some number no block: they lie past the sequence.
+struct PackedBlocks {
+  const int32_t* cu_seqlens = nullptr;
+  int64_t batch = 0, total = 0, block_rows = 1;
+
+  FAE_INLINE int64_t size() const { return total / block_rows + batch; }
+  FAE_INLINE int64_t first(int64_t b) const { return clamp_length(cu_seqlens[b], total) / block_rows + b; }
+  // The last sequence that begins at or before `number`.
+  FAE_INLINE Tile operator[](int64_t number) const {
+    int64_t b = 0;
+    for (int64_t above = batch; above - b > 1;) {
+      const int64_t middle = (b + above) / 2;
+      (first(middle) <= number ? b : above) = middle;
+    }
+    return {b, 0, number - first(b)};
+  }
+};
+
+// Tasks of a grid of thread blocks: (batch, head) pairs in groups, whose tensors share the cache, and in each group the
+// tiles with the block slowest. Lengths are read on the device only.
+struct GridSchedule {
+  int64_t pairs = 0, heads = 0, blocks = 0, group = 1;
+  bool last_first = false;
+  PackedBlocks packed;  // null cu_seqlens: every sequence has `blocks` blocks
+
+  FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
+                          int64_t total)
+      : pairs(batch * heads_), heads(heads_), blocks(ceil_div(seqlen, block_rows)) {
+    if (!cu_seqlens) return;
+    packed = {cu_seqlens, batch, total, block_rows};
+    pairs = heads;
+    blocks = packed.size();
+  }
+  FAE_INLINE int64_t size() const { return pairs * blocks; }
+  FAE_INLINE Tile operator[](int64_t index) const {
+    const int64_t first = index / (group * blocks) * group;
+    const int64_t in_group = pairs - first < group ? pairs - first : group;
+    const int64_t rest = index - first * blocks;
+    const int64_t pair = first + rest % in_group, number = rest / in_group;
+    Tile tile = {pair / heads, pair % heads, last_first ? blocks - 1 - number : number};
+    if (packed.cu_seqlens) {
+      tile = packed[tile.block];
+      tile.head = pair;
+    }
+    return tile;
+  }
+};
+
 // The key loop of a tile as three runs: [begin, full_begin) and [full_end, end) hold blocks that need element masks,
 // [full_begin, full_end) hold blocks that every row sees whole. Ends are block indices.
+template <class Int>
 struct KeyBlocks {
-  int64_t begin = 0, full_begin = 0, full_end = 0, end = 0;
+  Int begin = 0, full_begin = 0, full_end = 0, end = 0;
 
-  FAE_INLINE KeyBlocks(const Interval& any, const Interval& every, int64_t block_cols) {
+  FAE_INLINE KeyBlocks(const BasicInterval<Int>& any, const BasicInterval<Int>& every, Int block_cols) {
     if (any.empty()) return;
     begin = any.begin / block_cols;
     end = ceil_div(any.end, block_cols);
@@ -42,6 +95,8 @@ struct KeyBlocks {
     full_end = every.empty() ? full_begin : every.end / block_cols;
     if (full_begin >= full_end) full_begin = full_end = end;
   }
+
+  FAE_INLINE bool is_full(Int block) const { return block >= full_begin && block < full_end; }
 };
 
 }  // namespace fae

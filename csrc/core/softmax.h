@@ -3,7 +3,7 @@
 #include "macros.h"
 
 // Online softmax (arXiv 1805.02867, algorithm 3) as running statistics of one row, and the block formula that joins
-// two of them. Scores are in units of the natural exponent; T is float or double.
+// two of them. T is float or double.
 
 namespace fae {
 
@@ -12,6 +12,25 @@ FAE_INLINE float exp_of(float x) { return __builtin_expf(x); }
 FAE_INLINE double exp_of(double x) { return __builtin_exp(x); }
 FAE_INLINE float log_of(float x) { return __builtin_logf(x); }
 FAE_INLINE double log_of(double x) { return __builtin_log(x); }
+
+FAE_INLINE float exp2_of(float x) { return __builtin_exp2f(x); }
+FAE_INLINE double exp2_of(double x) { return __builtin_exp2(x); }
+
+// The unit of scores and maxima: factors of e, or factors of two where the exponential is a power of two anyway.
+struct NaturalBase {
+  template <class T>
+  static FAE_INLINE T power(T x) {
+    return exp_of(x);
+  }
+  static constexpr double kNatural = 1;  // natural units in one of these
+};
+struct BinaryBase {
+  template <class T>
+  static FAE_INLINE T power(T x) {
+    return exp2_of(x);
+  }
+  static constexpr double kNatural = 0.693147180559945309;
+};
 
 template <class T>
 FAE_INLINE T minus_infinity() {
@@ -28,15 +47,15 @@ FAE_INLINE T finite_max(T m) {
 FAE_INLINE float total_of(float x) { return x; }
 FAE_INLINE double total_of(double x) { return x; }
 
-template <class T, class L = T>
+template <class T, class L = T, class Base = NaturalBase>
 struct RowState {
-  T m = minus_infinity<T>();  // running maximum
+  T m = minus_infinity<T>();  // running maximum, in units of Base
   L l = T(0);                 // sum of exp(score - m)
 
   // Takes a block's maximum in and returns the factor exp(m_old - m_new) for what has been accumulated so far.
   FAE_INLINE T update_max(T block_max) {
     const T m_new = block_max > m ? block_max : m;
-    const T factor = exp_of(m - finite_max(m_new));
+    const T factor = Base::power(m - finite_max(m_new));
     m = m_new;
     l *= factor;
     return factor;
@@ -47,21 +66,23 @@ struct RowState {
     T mine, theirs;
   };
   FAE_INLINE Factors join(const RowState& other) {
-    const T mine = update_max(other.m), theirs = exp_of(other.m - finite_max(m));
+    const T mine = update_max(other.m), theirs = Base::power(other.m - finite_max(m));
     l += other.l * theirs;
     return {mine, theirs};
   }
 
-  FAE_INLINE RowState<T> total() const { return {m, total_of(l)}; }
+  FAE_INLINE RowState<T, T, Base> total() const { return {m, total_of(l)}; }
 
-  // A sink is one more logit that takes part in the sum and has no value row.
+  // A sink is one more logit that takes part in the sum and has no value row. It comes in natural units.
   FAE_INLINE T add_sink(T sink) {
+    sink *= T(1 / Base::kNatural);
     const T factor = update_max(sink);
-    l += exp_of(sink - finite_max(m));
+    l += Base::power(sink - finite_max(m));
     return factor;
   }
 
-  FAE_INLINE T lse() const { return l == T(0) ? minus_infinity<T>() : m + log_of(l); }
+  // In natural units.
+  FAE_INLINE T lse() const { return l == T(0) ? minus_infinity<T>() : m * T(Base::kNatural) + log_of(l); }
   FAE_INLINE T inverse_sum() const { return l == T(0) ? T(0) : T(1) / l; }
 };
 

@@ -1,30 +1,55 @@
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "device.h"
+
 namespace fae::cuda {
 
-// Launches `kernel` on a grid of one dimension and throws where that fails, naming the kernel and the shape. A grid has
-// at most 2^31 - 1 blocks; kernels loop over their rows with the grid's stride, so that any number of rows works.
+// Thread blocks, in one dimension, and what each of them has.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;  // dynamic
+  bool loops = false;       // blocks stride over the work: fewer of them do, where there are more than a grid can have
+};
+
+#if defined(__CUDACC__)
+
+// Launches `kernel` and throws where that fails, naming the kernel and the shape.
 template <class... Args>
-void launch(const char* name, void (*kernel)(Args...), int64_t blocks, int threads, void* stream,
+void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void* stream,
             std::type_identity_t<Args>... args) {
+  if (grid.blocks == 0) return;
+  cudaError_t error = cudaSuccess;
+  if (grid.shared_bytes > 48 * 1024)  // more than kernels get unasked
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes));
   cudaLaunchConfig_t config{};
-  config.gridDim.x = static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX));
-  config.blockDim.x = static_cast<unsigned>(threads);
+  config.gridDim.x = static_cast<unsigned>(std::min<int64_t>(grid.blocks, grid.loops ? INT32_MAX : UINT32_MAX));
+  config.blockDim.x = static_cast<unsigned>(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else reports it again
   throw std::runtime_error(std::string("flash_attn_ext: CUDA kernel ") + name + " did not launch with " +
-                           std::to_string(config.gridDim.x) + " blocks of " + std::to_string(threads) +
-                           " threads: " + cudaGetErrorString(error));
+                           std::to_string(config.gridDim.x) + " blocks of " + std::to_string(grid.threads) +
+                           " threads and " + std::to_string(grid.shared_bytes) +
+                           " bytes of shared memory: " + cudaGetErrorString(error));
 }
+
+#else
+
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void*, std::type_identity_t<Args>... args) {
+  emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(args...); });
+}
+
+#endif
 
 }  // namespace fae::cuda

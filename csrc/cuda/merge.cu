@@ -95,22 +95,24 @@ void with_shape(const MergeArgs& args, F&& run) {
   });
 }
 
-int64_t blocks_of(const MergeArgs& args) {
-  return ceil_div(args.batch * args.rows * args.heads, kBlockThreads / kRowThreads);
+Grid grid_of(const MergeArgs& args) {
+  return {.blocks = ceil_div(args.batch * args.rows * args.heads, kBlockThreads / kRowThreads),
+          .threads = kBlockThreads,
+          .loops = true};
 }
 
 }  // namespace
 
 void merge(const MergeArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n) {
-    launch("merge", merge_kernel<decltype(value), n()>, blocks_of(args), kBlockThreads, execution.stream, args);
+    launch("merge", merge_kernel<decltype(value), n()>, grid_of(args), execution.stream, args);
   });
 }
 
 void merge_backward(const MergeArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n) {
-    launch("merge_backward", merge_backward_kernel<decltype(value), n()>, blocks_of(args), kBlockThreads,
-           execution.stream, args);
+    launch("merge_backward", merge_backward_kernel<decltype(value), n()>, grid_of(args), execution.stream,
+           args);
   });
 }
 

@@ -103,23 +103,27 @@ void with_shape(const SoftmaxArgs& args, F&& run) {
 }
 
 int threads_of(int row_threads) { return row_threads == 32 ? 128 : row_threads; }
-int64_t blocks_of(int64_t rows, int row_threads) { return ceil_div(rows, threads_of(row_threads) / row_threads); }
+Grid grid_of(int64_t rows, int row_threads) {
+  return {.blocks = ceil_div(rows, threads_of(row_threads) / row_threads),
+          .threads = threads_of(row_threads),
+          .loops = true};
+}
 
 }  // namespace
 
 void softmax(const SoftmaxArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n, auto row_threads) {
     using T = decltype(value);
-    launch("softmax", softmax_kernel<T, n(), row_threads()>, blocks_of(args.rows, row_threads), threads_of(row_threads),
-           execution.stream, static_cast<const T*>(args.x), static_cast<T*>(args.result), args.rows, args.cols);
+    launch("softmax", softmax_kernel<T, n(), row_threads()>, grid_of(args.rows, row_threads), execution.stream,
+            static_cast<const T*>(args.x), static_cast<T*>(args.result), args.rows, args.cols);
   });
 }
 
 void softmax_backward(const SoftmaxArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n, auto row_threads) {
     using T = decltype(value);
-    launch("softmax_backward", softmax_backward_kernel<T, n(), row_threads()>, blocks_of(args.rows, row_threads),
-           threads_of(row_threads), execution.stream, static_cast<const T*>(args.x), static_cast<const T*>(args.y),
+    launch("softmax_backward", softmax_backward_kernel<T, n(), row_threads()>, grid_of(args.rows, row_threads), execution.stream,
+            static_cast<const T*>(args.x), static_cast<const T*>(args.y),
            static_cast<T*>(args.result), args.rows, args.cols);
   });
 }

@@ -41,7 +41,7 @@ void bind_schedule(py::module_& m) {
   m.def(
       "key_blocks",
       [](Pair any, Pair every, int64_t block_cols) {
-        const KeyBlocks blocks({any.first, any.second}, {every.first, every.second}, block_cols);
+        const KeyBlocks<int64_t> blocks({any.first, any.second}, {every.first, every.second}, block_cols);
         return std::array{blocks.begin, blocks.full_begin, blocks.full_end, blocks.end};
       },
       "any"_a, "every"_a, "block_cols"_a, "[begin, full_begin, full_end, end] of KeyBlocks");

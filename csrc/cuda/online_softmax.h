@@ -1,0 +1,54 @@
+#pragma once
+
+#include "../core/softmax.h"
+#include "accumulator.h"
+
+// Online softmax of the rows of one warp. Lanes of a quad share a row: each keeps the whole row's maximum and the sum
+// over its own columns, which are added up at the end.
+
+namespace fae::cuda {
+
+template <int M>
+struct RowStates {
+  RowState<float, float, BinaryBase> x[M][2];
+};
+
+// Scores become P = 2^(scale_log2 s - m), and what has been accumulated in `o` follows the maximum.
+template <int M, int N, int ND, class Exp2>
+__device__ __forceinline__ void update_softmax(RowStates<M>& states, Accumulator<M, N>& s, Accumulator<M, ND>& o,
+                                               float scale_log2, Exp2&& exp2) {
+  // A fused multiply-add brings to light how m was rounded. Up to here that is less than one binary digit of P, which
+  // cancels; beyond it, scores are rounded in the way of m, so that the largest gives P = 1 whatever its size.
+  constexpr float kLargeScore = 1 << 24;
+  float factors[M][2];
+  bool moved = false, large = false;
+  s.for_each_row([&](int m, int half) {
+    float x = s.at(m, half, 0, 0);
+#pragma unroll
+    for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
+    factors[m][half] = states.x[m][half].update_max(quad_max(x) * scale_log2);
+    moved |= factors[m][half] != 1.0f;
+    large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
+  });
+  if (__any_sync(0xffffffffu, moved))
+    o.for_each([&](int m, int half, int n, int e) { o.at(m, half, n, e) *= factors[m][half]; });
+  if (__any_sync(0xffffffffu, large)) {
+    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale_log2; });
+    scale_log2 = 1;
+  }
+  s.for_each_row([&](int m, int half) {
+    const float reference = finite_max(states.x[m][half].m);
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s.at(m, half, n, e);
+        x = exp2(fmaf(x, scale_log2, -reference));
+        sum += x;
+      }
+    states.x[m][half].l += sum;
+  });
+}
+
+}  // namespace fae::cuda

@@ -1,0 +1,130 @@
+#pragma once
+
+#include "../core/band.h"
+#include "../core/score.h"
+#include "../core/softmax.h"
+#include "accumulator.h"
+
+// What core/score.h says about scores, on an accumulator that holds q.k of some rows and columns of one head.
+
+namespace fae::cuda {
+
+using DeviceBand = BasicBand<int>;
+constexpr int64_t kMaxSeqlen = int64_t{1} << 29;  // of queries and keys together: sums of positions fit an int
+
+constexpr float kLog2e = 1.44269504f;
+
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+
+// Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential, since
+// it leaves the order of scores and the -inf of masked ones as they are.
+FAE_INLINE bool plain_scores(const Problem& p) {
+  return !p.general_scores() && static_cast<float>(p.softmax_scale) > 0;
+}
+
+// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins.
+template <int M, int N>
+__device__ __forceinline__ void mask_band(Accumulator<M, N>& s, const DeviceBand& band, int row0, int col0) {
+  s.for_each_row([&](int m, int half) {
+    const int row = row0 + s.row(m, half), lo = band.lo(row) - col0, size = band.hi(row) - col0 - lo;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (static_cast<unsigned>(s.col(n, e) - lo) >= static_cast<unsigned>(size > 0 ? size : 0))
+          s.at(m, half, n, e) = minus_infinity<float>();
+  });
+}
+
+class ScoreTerms {
+ public:
+  __device__ ScoreTerms(const Problem& p, int batch, int head, const DeviceBand& band)
+      : p_(p), batch_(batch), head_(head), seqlen_q_(band.seqlen_q), seqlen_k_(band.seqlen_k) {}
+
+  // Raw products become scores. f(m, half, n, e, gradient) is told d score / d (scale q.k) where softcap makes that
+  // differ from 1.
+  template <int M, int N, class F>
+  __device__ __forceinline__ void apply(Accumulator<M, N>& s, int row0, int col0, F&& gradient) const {
+    const float scale = static_cast<float>(p_.softmax_scale), softcap = static_cast<float>(p_.softcap);
+    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale; });
+    if (softcap != 0)
+      s.for_each([&](int m, int half, int n, int e) {
+        float& x = s.at(m, half, n, e);
+        x = apply_softcap(x, softcap);
+        gradient(m, half, n, e, softcap_gradient(x, softcap));
+      });
+    if (p_.alibi_slopes) {
+      const float slope = alibi_slope(p_, batch_, head_);
+      const float diagonal = static_cast<float>(row0 + seqlen_k_ - seqlen_q_ - col0);
+      s.for_each([&](int m, int half, int n, int e) {
+        s.at(m, half, n, e) += alibi(slope, diagonal + static_cast<float>(s.row(m, half) - s.col(n, e)));
+      });
+    }
+    if (p_.bias.data) add_bias(s, row0, col0);
+    if (p_.mask.data) mask(s, row0, col0);
+  }
+
+  // f(m, half, n, e, kept) for every element: whether dropout keeps it. row0 and col0 are multiples of 16.
+  template <int M, int N, class F>
+  __device__ __forceinline__ void dropout(const Accumulator<M, N>& s, int row0, int col0, F&& f) const {
+    static_assert(N % 2 == 0);
+    const DropoutBits bits = dropout_bits(p_, batch_, head_);
+    const uint32_t threshold = dropout_threshold(p_.dropout_p);
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int pair = 0; pair < N / 2; ++pair) {
+        const Philox4 block = bits.block(row0 + s.row(m, 0), col0 + s.col(2 * pair, 0));
+#pragma unroll
+        for (int word = 0; word < 4; ++word)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            f(m, half, 2 * pair + word / 2, word % 2, (block.word[word] >> (16 * half) & 0xffffu) >= threshold);
+      }
+  }
+
+ private:
+  // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come
+  // from a tensor that nobody has checked.
+  static __device__ __forceinline__ int limit(int length, int64_t size) {
+    return size == 1 || length < size ? length : static_cast<int>(size);
+  }
+  template <int M, int N, class F>
+  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Accumulator<M, N>& s, int row0,
+                                                  int col0, F&& f) const {
+    const int rows = limit(seqlen_q_, view.size_row), cols = limit(seqlen_k_, view.size_col);
+    s.for_each([&](int m, int half, int n, int e) {
+      const int row = row0 + s.row(m, half), col = col0 + s.col(n, e);
+      if (row < rows && col < cols) f(m, half, n, e, score_offset(view, batch_, head_, row, col));
+    });
+  }
+  template <int M, int N>
+  __device__ __forceinline__ void add_bias(Accumulator<M, N>& s, int row0, int col0) const {
+    const auto add = [&](auto storage) {
+      const auto* bias = static_cast<const decltype(storage)*>(p_.bias.data);
+      for_each_inside(p_.bias, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
+        s.at(m, half, n, e) += as_float(bias[offset]);
+      });
+    };
+    if (p_.bias.dtype == DType::float32)
+      add(float{});
+    else if (p_.bias.dtype == DType::bfloat16)
+      add(__nv_bfloat16{});
+    else
+      add(__half{});
+  }
+  template <int M, int N>
+  __device__ __forceinline__ void mask(Accumulator<M, N>& s, int row0, int col0) const {
+    const auto* attend = static_cast<const uint8_t*>(p_.mask.data);
+    for_each_inside(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
+      if (!attend[offset]) s.at(m, half, n, e) = minus_infinity<float>();
+    });
+  }
+
+  const Problem& p_;
+  const int batch_, head_, seqlen_q_, seqlen_k_;
+};
+
+}  // namespace fae::cuda

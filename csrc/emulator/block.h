@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+// A software model of one CUDA thread block, so that a machine without a GPU can run the kernels. Every CUDA thread is
+// a fiber; a fiber runs until it reaches an operation that needs others (of its warp, or of the block) and waits there.
+// Blocks run one after the other, in the order of their index.
+//
+// What goes wrong only sometimes on a GPU goes wrong here every time:
+// - Asynchronous copies happen when they are waited for, not before.
+// - Shared memory starts out as NaN.
+// - The lanes of a warp must meet in the same operation: anything else aborts and says where each one is.
+// - FAE_EMULATOR_ORDER=backward runs the warps in the opposite order, which shows missing barriers.
+
+namespace fae::emulator {
+
+struct Index {
+  unsigned x = 0;
+};
+
+constexpr int kWarpThreads = 32;
+
+// What one lane brings to an operation of its whole warp and where its result goes.
+struct LaneOperands {
+  const void* in;
+  void* out;
+};
+// The operation: all 32 lanes at once.
+using WarpOperation = void (*)(const LaneOperands (&lanes)[kWarpThreads]);
+
+// The running thread.
+Index thread_index();
+Index block_index();
+Index grid_size();
+char* shared_memory();
+
+// Waits until every lane of the warp has come here with the same `name`; the last one performs the operation.
+void warp_operation(const char* name, WarpOperation operation, const void* in, void* out);
+// Waits until every thread of the block that has not returned is here.
+void block_barrier();
+
+// cp.async and its groups, per thread. `valid` bytes come from global memory, the rest of `bytes` is zero.
+void copy_later(uint32_t shared_offset, const void* global, int bytes, int valid);
+void close_copy_group();
+void wait_for_copies(int groups_left);
+
+// `bytes` of shared memory at an offset; aborts where that is outside.
+char* shared_bytes(uint32_t offset, int bytes);
+
+// Runs `kernel` on every thread of a grid of one dimension.
+void run_grid(const char* name, int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel);
+
+}  // namespace fae::emulator

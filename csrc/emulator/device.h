@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "block.h"
+
+// The part of CUDA C++ that kernels use, for the emulator: included instead of the CUDA runtime (cuda/device.h).
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __shared__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static  // blocks run one at a time
+
+#define threadIdx (::fae::emulator::thread_index())
+#define blockIdx (::fae::emulator::block_index())
+#define gridDim (::fae::emulator::grid_size())
+
+inline void __syncthreads() { fae::emulator::block_barrier(); }
+
+inline void __syncwarp() {
+  fae::emulator::warp_operation(
+      "__syncwarp", [](const auto&) {}, nullptr, nullptr);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  struct In {
+    T value;
+    int mask;
+  } in{value, mask};
+  T out;
+  fae::emulator::warp_operation(
+      "__shfl_xor_sync",
+      [](const fae::emulator::LaneOperands(&lanes)[32]) {
+        for (int i = 0; i < 32; ++i) {
+          const int other = i ^ static_cast<const In*>(lanes[i].in)->mask;
+          *static_cast<T*>(lanes[i].out) = static_cast<const In*>(lanes[other].in)->value;
+        }
+      },
+      &in, &out);
+  return out;
+}
+
+inline int __any_sync(unsigned, int predicate) {
+  int out;
+  fae::emulator::warp_operation(
+      "__any_sync",
+      [](const fae::emulator::LaneOperands(&lanes)[32]) {
+        int any = 0;
+        for (const auto& lane : lanes) any |= *static_cast<const int*>(lane.in) != 0;
+        for (const auto& lane : lanes) *static_cast<int*>(lane.out) = any;
+      },
+      &predicate, &out);
+  return out;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline void __threadfence() {}
+
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }

@@ -1,0 +1,45 @@
+#pragma once
+
+#include "tile.h"
+
+// Tile sizes. Head dims up to a tile's are filled with zeros; 512 is for all above 256.
+
+namespace fae::sm80 {
+
+// kDim: columns of Q and K in shared memory. kDimV: columns of V and O per thread block; where there are more, several
+// blocks share a task and each computes the scores anew.
+template <int kRows_, int kKeys_, int kWarps_, int kDim_, int kDimV_ = kDim_, int kStages_ = 2>
+struct ForwardTile {
+  static constexpr int kRows = kRows_, kKeys = kKeys_, kWarps = kWarps_, kDim = kDim_, kDimV = kDimV_;
+  static constexpr int kStages = kStages_;  // blocks of K and V in shared memory
+  static constexpr int kThreads = kWarps * cuda::kWarpThreads, kWarpRows = kRows / kWarps;
+};
+
+// 32 rows per warp, so that a fragment of K or V serves two products, as far as O fits into the registers; shared
+// memory within the 99 KB of the smaller GPUs (8.6, 8.9, 12.0).
+template <class T, int kHeadDim>
+struct ForwardConfig;
+template <class T>
+struct ForwardConfig<T, 64> : ForwardTile<128, 64, 4, 64> {};
+template <class T>
+struct ForwardConfig<T, 128> : ForwardTile<128, 64, 4, 128> {};
+template <class T>
+struct ForwardConfig<T, 192> : ForwardTile<64, 32, 4, 192> {};
+template <class T>
+struct ForwardConfig<T, 256> : ForwardTile<64, 32, 4, 256> {};
+template <class T>
+struct ForwardConfig<T, 512> : ForwardTile<64, 16, 4, 512, 256, 1> {};
+
+// float takes twice the memory.
+template <>
+struct ForwardConfig<float, 64> : ForwardTile<64, 64, 4, 64> {};
+template <>
+struct ForwardConfig<float, 128> : ForwardTile<64, 32, 4, 128> {};
+template <>
+struct ForwardConfig<float, 192> : ForwardTile<32, 16, 2, 192> {};
+template <>
+struct ForwardConfig<float, 256> : ForwardTile<32, 16, 2, 256> {};
+template <>
+struct ForwardConfig<float, 512> : ForwardTile<16, 16, 1, 512, 256, 1> {};
+
+}  // namespace fae::sm80

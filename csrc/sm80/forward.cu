@@ -1,0 +1,234 @@
+#include "../core/schedule.h"
+#include "../cuda/launch.h"
+#include "../cuda/online_softmax.h"
+#include "../cuda/score_terms.h"
+#include "config.h"
+#include "kernels.h"
+
+// Forward attention (FlashAttention-2, arXiv 2307.08691, algorithm 1) with mma.sync. A thread block takes a block of
+// query rows of one head and walks the keys that its band can see; each warp has rows of its own from Q to O. K and V
+// come through two stages of shared memory, so that the copy of one block of keys overlaps the work on another.
+
+namespace fae::sm80 {
+namespace {
+
+// One call: the problem and what the host has worked out about it.
+struct ForwardCall {
+  Problem p;
+  GridSchedule schedule;
+  int value_chunks;  // thread blocks that share the columns of O
+  bool q_whole_vectors, k_whole_vectors, v_whole_vectors;
+  Precision precision;
+};
+
+template <class T, class Config>
+struct ForwardMemory {
+  using Q = SharedTile<T, Config::kRows, Config::kDim>;
+  using K = SharedTile<T, Config::kKeys, Config::kDim>;
+  using V = SharedTile<T, Config::kKeys, Config::kDimV>;
+  using O = SharedTile<T, Config::kRows, Config::kDimV>;  // in the place of Q, once that has been used
+  static constexpr int kStageBytes = K::kBytes + V::kBytes;
+  static constexpr int kBytes = Q::kBytes + Config::kStages * kStageBytes;
+
+  uint32_t base;
+
+  __device__ Q q() const { return {base}; }
+  __device__ O o() const { return {base}; }
+  __device__ K k(int stage) const { return {base + Q::kBytes + stage * kStageBytes}; }
+  __device__ V v(int stage) const { return {base + Q::kBytes + stage * kStageBytes + K::kBytes}; }
+};
+
+template <class T, class Config, bool kGeneral>
+class ForwardTask {
+  using Memory = ForwardMemory<T, Config>;
+  static constexpr int M = Config::kWarpRows / 16, N = Config::kKeys / 8, ND = Config::kDimV / 8;
+
+ public:
+  __device__ ForwardTask(const ForwardCall& call, const Tile& tile, const Sequence& sequence, int value_chunk)
+      : call_(call),
+        p_(call.p),
+        batch_(static_cast<int>(tile.batch)),
+        head_(static_cast<int>(tile.head)),
+        row_begin_(static_cast<int>(tile.block) * Config::kRows),
+        warp_row_(warp_index() * Config::kWarpRows),
+        value_begin_(value_chunk * Config::kDimV),
+        sequence_(sequence),
+        band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
+        blocks_(band_.any(row_begin_, row_end(Config::kRows)), band_.every(row_begin_, row_end(Config::kRows)),
+                Config::kKeys),
+        memory_{shared_offset(dynamic_shared_memory())} {}
+
+  __device__ void run() {
+    copy_rows<Config::kThreads>(memory_.q(), GlobalRows<T>(p_.q, batch_, sequence_.q_start + row_begin_, head_,
+                                                           band_.seqlen_q - row_begin_, p_.head_dim, 0,
+                                                           call_.q_whole_vectors));
+    copy_keys(blocks_.begin);
+    output_.fill(0);
+#pragma unroll 1
+    for (int block = blocks_.begin; block < blocks_.end; ++block) step(block);
+    finish();
+  }
+
+ private:
+  __device__ int row_end(int rows) const { return min(row_begin_ + rows, static_cast<int>(sequence_.seqlen_q)); }
+  __device__ static int stage_of(int block) { return Config::kStages == 1 ? 0 : block % 2; }
+
+  // Starts the copy of a block of K and V, in a group of its own (which is empty past the last block).
+  __device__ void copy_keys(int block) const {
+    if (block < blocks_.end) {
+      const int head_kv = head_ / static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
+      const int64_t row = sequence_.k_start + key;
+      const int rows = band_.seqlen_k - key;
+      copy_rows<Config::kThreads>(memory_.k(stage_of(block)), GlobalRows<T>(p_.k, batch_, row, head_kv, rows,
+                                                                            p_.head_dim, 0, call_.k_whole_vectors));
+      copy_rows<Config::kThreads>(memory_.v(stage_of(block)),
+                                  GlobalRows<T>(p_.v, batch_, row, head_kv, rows, p_.head_dim_v, value_begin_,
+                                                call_.v_whole_vectors));
+    }
+    commit_copies();
+  }
+
+  // One block of keys.
+  __device__ __forceinline__ void step(int block) {
+    wait_copies<0>();
+    __syncthreads();
+    if constexpr (Config::kStages > 1) copy_keys(block + 1);
+    const int row = row_begin_ + warp_row_, key = block * Config::kKeys;
+    const bool edge = !blocks_.is_full(block);
+    if (!edge || warp_sees(row, key)) attend(row, key, stage_of(block), edge);
+    if constexpr (Config::kStages == 1) {
+      __syncthreads();
+      copy_keys(block + 1);
+    }
+  }
+
+  // Whether any row of the warp sees any key of the block.
+  __device__ bool warp_sees(int row, int key) const {
+    const auto any = band_.any(row, min(row + Config::kWarpRows, band_.seqlen_q));
+    return !any.empty() && any.begin < key + Config::kKeys && any.end > key;
+  }
+
+  // The warp's rows from `row` on against the keys from `key` on. edge: not every row sees all of them.
+  __device__ __forceinline__ void attend(int row, int key, int stage, bool edge) {
+    // S = Q K^T
+    Accumulator<M, N> s;
+    s.fill(0);
+    const StraightOperand<typename Memory::Q> q(memory_.q(), warp_row_);
+    multiply<Config::kDim / kStepDepth<T>>(
+        s, [&](int m, int step) { return q.left(m, step); }, StraightOperand<typename Memory::K>(memory_.k(stage), 0),
+        call_.precision);
+
+    // P = exp(S - m)
+    float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const cuda::ScoreTerms terms(p_, batch_, head_, band_);
+    if constexpr (kGeneral) {
+      terms.apply(s, row, key, [](int, int, int, int, float) {});
+      scale_log2 = cuda::kLog2e;
+    }
+    if (edge) cuda::mask_band(s, band_, row, key);
+    cuda::update_softmax(states_, s, output_, scale_log2, [](float x) { return exp2_approx(x); });
+    if constexpr (kGeneral) {
+      if (p_.dropout_p > 0)
+        terms.dropout(s, row, key, [&](int m, int half, int n, int e, bool kept) {
+          if (!kept) s.at(m, half, n, e) = 0;
+        });
+    }
+
+    // O += P V
+    multiply<Config::kKeys / kStepDepth<T>>(
+        output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
+        TransposedOperand<typename Memory::V, RowOrder::pairs>(memory_.v(stage), 0), call_.precision);
+  }
+
+  // O / l and lse = m + log l, the sink counted in.
+  __device__ void finish() {
+    wait_copies<0>();  // of Q, where there were no keys
+    __syncthreads();
+    output_.for_each_row([&](int m, int half) {
+      auto& state = states_.x[m][half];
+      state.l = cuda::quad_sum(state.l);
+      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[head_]) : 1.0f;
+      const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
+      const int row = warp_row_ + output_.row(m, half);
+#pragma unroll
+      for (int n = 0; n < ND; ++n)
+        store_pair(memory_.o(), row, output_.col(n, 0), output_.at(m, half, n, 0) * weight,
+                   output_.at(m, half, n, 1) * weight);
+      if (value_begin_ == 0 && lane_index() % 4 == 0 && row_begin_ + row < band_.seqlen_q)
+        *stats_ptr<float>(p_.lse, batch_, sequence_.q_start + row_begin_ + row, head_) = state.lse();
+    });
+    __syncwarp();  // a warp's rows are its own
+    store_rows();
+  }
+
+  // The warp's rows of O, from shared to global memory.
+  __device__ void store_rows() const {
+    constexpr int kChunk = 16 / sizeof(T), kLanes = Config::kDimV / kChunk < 32 ? Config::kDimV / kChunk : 32;
+    const int cols = min(static_cast<int>(p_.head_dim_v) - value_begin_, Config::kDimV);
+    const int rows = min(band_.seqlen_q - row_begin_ - warp_row_, Config::kWarpRows);
+    for (int row = lane_index() / kLanes; row < rows; row += cuda::kWarpThreads / kLanes) {
+      T* const to =
+          row_ptr<T>(p_.out, batch_, sequence_.q_start + row_begin_ + warp_row_ + row, head_) + value_begin_;
+      for (int col = lane_index() % kLanes * kChunk; col < cols; col += kLanes * kChunk)
+        store_chunk(to + col, load_shared_16_bytes(memory_.o().address(warp_row_ + row, col)), cols - col);
+    }
+  }
+
+  const ForwardCall& call_;
+  const Problem& p_;
+  const int batch_, head_, row_begin_, warp_row_, value_begin_;
+  const Sequence sequence_;
+  const cuda::DeviceBand band_;
+  const KeyBlocks<int> blocks_;
+  const Memory memory_;
+  cuda::RowStates<M> states_;
+  Accumulator<M, ND> output_;
+};
+
+template <class T, class Config, bool kGeneral>
+__global__ void __launch_bounds__(Config::kThreads) forward_kernel(const __grid_constant__ ForwardCall call) {
+  const int64_t index = blockIdx.x;
+  const Tile tile = call.schedule[index / call.value_chunks];
+  const Sequence sequence = sequence_of(call.p, tile.batch);
+  if (tile.block < 0 || tile.block * Config::kRows >= sequence.seqlen_q) return;
+  ForwardTask<T, Config, kGeneral>(call, tile, sequence, static_cast<int>(index % call.value_chunks)).run();
+}
+
+// K and V of this many bytes fit into the second-level cache beside everything else.
+constexpr int64_t kCachedBytes = int64_t{24} << 20;
+
+template <class T, class Config>
+void run_forward(const Problem& p, const Execution& execution) {
+  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+  const int64_t keys = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
+  const int64_t head_bytes = (keys + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
+  schedule.group = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  schedule.last_first = true;
+  const int chunks = static_cast<int>(ceil_div(p.head_dim_v, Config::kDimV));
+  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
+  const ForwardCall call{p, schedule, chunks, whole(p.q), whole(p.k), whole(p.v), precision_of(p)};
+
+  const cuda::Grid grid{schedule.size() * chunks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
+  if (sizeof(T) == 2 && cuda::plain_scores(p))
+    cuda::launch("sm80 forward", forward_kernel<T, Config, sizeof(T) == 4>, grid, execution.stream, call);
+  else
+    cuda::launch("sm80 forward", forward_kernel<T, Config, true>, grid, execution.stream, call);
+}
+
+}  // namespace
+
+template <>
+void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
+  switch (p.dtype) {
+    case DType::bfloat16:
+      return run_forward<__nv_bfloat16, ForwardConfig<__nv_bfloat16, FAE_HEAD_DIM>>(p, execution);
+    case DType::float16:
+      return run_forward<__half, ForwardConfig<__half, FAE_HEAD_DIM>>(p, execution);
+    case DType::float32:
+      return run_forward<float, ForwardConfig<float, FAE_HEAD_DIM>>(p, execution);
+    case DType::float64:
+      break;  // declined
+  }
+}
+
+}  // namespace fae::sm80

@@ -1,0 +1,16 @@
+#pragma once
+
+#include "../core/backend.h"
+
+// Kernels of one head dim tile, in a translation unit of their own (compiled with FAE_HEAD_DIM).
+
+namespace fae::sm80 {
+
+template <int kHeadDim>
+void forward(const Problem& p, const Execution& execution);
+template <int kHeadDim>
+size_t backward_workspace(const BackwardProblem& p);
+template <int kHeadDim>
+void backward(const BackwardProblem& p, const Execution& execution);
+
+}  // namespace fae::sm80
