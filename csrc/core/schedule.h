@@ -32,8 +32,9 @@ struct TileSchedule {
   }
 };
 
-// The blocks of all sequences of a packed tensor, numbered without knowing the lengths: sequence b owns the numbers from
-// cu_seqlens[b] / block_rows + b on, which are always enough for it. Some number no block: they lie past the sequence.
+// The blocks of all sequences of a packed tensor, numbered without knowing the lengths: sequence b owns the numbers
+// from cu_seqlens[b] / block_rows + b on, which are always enough for it. Some number no block: they lie past the
+// sequence.
 struct PackedBlocks {
   const int32_t* cu_seqlens = nullptr;
   int64_t batch = 0, total = 0, block_rows = 1;

@@ -27,8 +27,8 @@ void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void* s
   if (grid.blocks == 0) return;
   cudaError_t error = cudaSuccess;
   if (grid.shared_bytes > 48 * 1024)  // more than kernels get unasked
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes));
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
   cudaLaunchConfig_t config{};
   config.gridDim.x = static_cast<unsigned>(std::min<int64_t>(grid.blocks, grid.loops ? INT32_MAX : UINT32_MAX));
   config.blockDim.x = static_cast<unsigned>(grid.threads);

@@ -111,8 +111,7 @@ void merge(const MergeArgs& args, const Execution& execution) {
 
 void merge_backward(const MergeArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n) {
-    launch("merge_backward", merge_backward_kernel<decltype(value), n()>, grid_of(args), execution.stream,
-           args);
+    launch("merge_backward", merge_backward_kernel<decltype(value), n()>, grid_of(args), execution.stream, args);
   });
 }
 

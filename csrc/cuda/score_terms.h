@@ -92,8 +92,8 @@ class ScoreTerms {
     return size == 1 || length < size ? length : static_cast<int>(size);
   }
   template <int M, int N, class F>
-  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Accumulator<M, N>& s, int row0,
-                                                  int col0, F&& f) const {
+  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Accumulator<M, N>& s, int row0, int col0,
+                                                  F&& f) const {
     const int rows = limit(seqlen_q_, view.size_row), cols = limit(seqlen_k_, view.size_col);
     s.for_each([&](int m, int half, int n, int e) {
       const int row = row0 + s.row(m, half), col = col0 + s.col(n, e);

@@ -115,16 +115,16 @@ void softmax(const SoftmaxArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n, auto row_threads) {
     using T = decltype(value);
     launch("softmax", softmax_kernel<T, n(), row_threads()>, grid_of(args.rows, row_threads), execution.stream,
-            static_cast<const T*>(args.x), static_cast<T*>(args.result), args.rows, args.cols);
+           static_cast<const T*>(args.x), static_cast<T*>(args.result), args.rows, args.cols);
   });
 }
 
 void softmax_backward(const SoftmaxArgs& args, const Execution& execution) {
   with_shape(args, [&](auto value, auto n, auto row_threads) {
     using T = decltype(value);
-    launch("softmax_backward", softmax_backward_kernel<T, n(), row_threads()>, grid_of(args.rows, row_threads), execution.stream,
-            static_cast<const T*>(args.x), static_cast<const T*>(args.y),
-           static_cast<T*>(args.result), args.rows, args.cols);
+    launch("softmax_backward", softmax_backward_kernel<T, n(), row_threads()>, grid_of(args.rows, row_threads),
+           execution.stream, static_cast<const T*>(args.x), static_cast<const T*>(args.y), static_cast<T*>(args.result),
+           args.rows, args.cols);
   });
 }
 

@@ -5,8 +5,9 @@
 #include "device.h"
 
 // Matrices in shared memory: blocks of 128 bytes of every row, one block after the other, each [rows][128 bytes]. The
-// eight 16-byte chunks of a row are permuted by the row's number, so that the same chunk of eight neighbouring rows, and
-// eight chunks of one row, lie in different banks. This is also the 128-byte swizzle of the tensor memory accelerator.
+// eight 16-byte chunks of a row are permuted by the row's number, so that the same chunk of eight neighbouring rows,
+// and eight chunks of one row, lie in different banks. This is also the 128-byte swizzle of the tensor memory
+// accelerator.
 
 namespace fae::cuda {
 

@@ -34,27 +34,39 @@
 inline void __syncthreads() { fae::emulator::block_barrier(); }
 
 inline void __syncwarp() {
-  fae::emulator::warp_operation(
-      "__syncwarp", [](const auto&) {}, nullptr, nullptr);
+  fae::emulator::warp_operation("__syncwarp", [](const auto&) {}, nullptr, nullptr);
 }
 
-template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+// Every lane gets the value of the lane that `source` names for it.
+template <class T, class Source>
+T shuffle(const char* name, T value, int parameter, Source) {
   struct In {
     T value;
-    int mask;
-  } in{value, mask};
+    int parameter;
+  } in{value, parameter};
   T out;
   fae::emulator::warp_operation(
-      "__shfl_xor_sync",
+      name,
       [](const fae::emulator::LaneOperands(&lanes)[32]) {
         for (int i = 0; i < 32; ++i) {
-          const int other = i ^ static_cast<const In*>(lanes[i].in)->mask;
+          const int other = Source{}(i, static_cast<const In*>(lanes[i].in)->parameter);
           *static_cast<T*>(lanes[i].out) = static_cast<const In*>(lanes[other].in)->value;
         }
       },
       &in, &out);
   return out;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shuffle("__shfl_sync", value, lane, [](int, int parameter) { return parameter; });
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle("__shfl_xor_sync", value, mask, [](int i, int parameter) { return i ^ parameter; });
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  return shuffle("__shfl_up_sync", value, by, [](int i, int parameter) { return i < parameter ? i : i - parameter; });
 }
 
 inline int __any_sync(unsigned, int predicate) {

@@ -107,8 +107,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
           const auto& in = *static_cast<const MmaOperands<T>*>(lanes[lane].in);
           const int g = lane / 4, t = lane % 4;
           for (int e = 0; e < kPerWord; ++e) {
-            for (int i = 0; i < 4; ++i)
-              a[g + i % 2 * 8][t * kPerWord + e + i / 2 * kHalf] = element<T>((*in.a)[i], e);
+            for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t * kPerWord + e + i / 2 * kHalf] = element<T>((*in.a)[i], e);
             for (int i = 0; i < 2; ++i) b[t * kPerWord + e + i * kHalf][g] = element<T>((*in.b)[i], e);
           }
         }
@@ -117,7 +116,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
           for (int k = 0; k < 2 * kHalf; ++k)
             for (int j = 0; j < 8; ++j) sum[i][j] += a[i][k] * b[k][j];
         for (int lane = 0; lane < 32; ++lane) {
-          float(&d)[4] = *static_cast<const MmaOperands<T>*>(lanes[lane].in)->d;
+          float (&d)[4] = *static_cast<const MmaOperands<T>*>(lanes[lane].in)->d;
           for (int i = 0; i < 4; ++i) d[i] += sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
         }
       },

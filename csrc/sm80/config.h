@@ -42,4 +42,40 @@ struct ForwardConfig<float, 256> : ForwardTile<32, 16, 2, 256> {};
 template <>
 struct ForwardConfig<float, 512> : ForwardTile<16, 16, 1, 512, 256, 1> {};
 
+// Backward: a thread block keeps kKeys keys and walks blocks of kRows query rows. Its warps share each product in a
+// grid of their own: k*RowWarps of them along the rows of the result, the others along its columns.
+template <int kRows_, int kKeys_, int kDim_, int kStages_, int kScoreRowWarps_, int kScoreColWarps_, int kKeyRowWarps_,
+          int kQueryRowWarps_>
+struct BackwardTile {
+  static constexpr int kRows = kRows_, kKeys = kKeys_, kDim = kDim_, kStages = kStages_;
+  static constexpr int kWarps = 8, kThreads = kWarps * cuda::kWarpThreads;
+  static constexpr int kScoreRowWarps = kScoreRowWarps_, kScoreColWarps = kScoreColWarps_;  // S, dP: rows x keys
+  static constexpr int kKeyRowWarps = kKeyRowWarps_;                                        // dK, dV: keys x dim
+  static constexpr int kQueryRowWarps = kQueryRowWarps_;                                    // dQ: rows x dim
+};
+
+template <class T, int kHeadDim>
+struct BackwardConfig;
+template <class T>
+struct BackwardConfig<T, 64> : BackwardTile<64, 128, 64, 2, 2, 4, 4, 4> {};
+template <class T>
+struct BackwardConfig<T, 128> : BackwardTile<64, 128, 128, 2, 2, 4, 4, 2> {};
+template <class T>
+struct BackwardConfig<T, 192> : BackwardTile<32, 64, 192, 1, 2, 4, 4, 2> {};
+template <class T>
+struct BackwardConfig<T, 256> : BackwardTile<32, 32, 256, 1, 2, 2, 2, 2> {};
+template <class T>
+struct BackwardConfig<T, 512> : BackwardTile<16, 16, 512, 1, 1, 1, 1, 1> {};
+
+template <>
+struct BackwardConfig<float, 64> : BackwardTile<64, 64, 64, 1, 2, 4, 4, 4> {};
+template <>
+struct BackwardConfig<float, 128> : BackwardTile<32, 32, 128, 1, 2, 2, 2, 2> {};
+template <>
+struct BackwardConfig<float, 192> : BackwardTile<16, 32, 192, 1, 1, 2, 2, 1> {};
+template <>
+struct BackwardConfig<float, 256> : BackwardTile<16, 16, 256, 1, 1, 1, 1, 1> {};
+template <>
+struct BackwardConfig<float, 512> : BackwardTile<16, 16, 512, 1, 1, 1, 1, 1> {};
+
 }  // namespace fae::sm80

@@ -59,9 +59,9 @@ class ForwardTask {
         memory_{shared_offset(dynamic_shared_memory())} {}
 
   __device__ void run() {
-    copy_rows<Config::kThreads>(memory_.q(), GlobalRows<T>(p_.q, batch_, sequence_.q_start + row_begin_, head_,
-                                                           band_.seqlen_q - row_begin_, p_.head_dim, 0,
-                                                           call_.q_whole_vectors));
+    copy_rows<Config::kThreads>(
+        memory_.q(), GlobalRows<T>(p_.q, batch_, sequence_.q_start + row_begin_, head_, band_.seqlen_q - row_begin_,
+                                   p_.head_dim, 0, call_.q_whole_vectors));
     copy_keys(blocks_.begin);
     output_.fill(0);
 #pragma unroll 1
@@ -81,9 +81,9 @@ class ForwardTask {
       const int rows = band_.seqlen_k - key;
       copy_rows<Config::kThreads>(memory_.k(stage_of(block)), GlobalRows<T>(p_.k, batch_, row, head_kv, rows,
                                                                             p_.head_dim, 0, call_.k_whole_vectors));
-      copy_rows<Config::kThreads>(memory_.v(stage_of(block)),
-                                  GlobalRows<T>(p_.v, batch_, row, head_kv, rows, p_.head_dim_v, value_begin_,
-                                                call_.v_whole_vectors));
+      copy_rows<Config::kThreads>(
+          memory_.v(stage_of(block)),
+          GlobalRows<T>(p_.v, batch_, row, head_kv, rows, p_.head_dim_v, value_begin_, call_.v_whole_vectors));
     }
     commit_copies();
   }
@@ -137,7 +137,7 @@ class ForwardTask {
     // O += P V
     multiply<Config::kKeys / kStepDepth<T>>(
         output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
-        TransposedOperand<typename Memory::V, RowOrder::pairs>(memory_.v(stage), 0), call_.precision);
+        TransposedOperand<typename Memory::V, RowOrder::pairs>(memory_.v(stage)), call_.precision);
   }
 
   // O / l and lse = m + log l, the sink counted in.
@@ -167,8 +167,7 @@ class ForwardTask {
     const int cols = min(static_cast<int>(p_.head_dim_v) - value_begin_, Config::kDimV);
     const int rows = min(band_.seqlen_q - row_begin_ - warp_row_, Config::kWarpRows);
     for (int row = lane_index() / kLanes; row < rows; row += cuda::kWarpThreads / kLanes) {
-      T* const to =
-          row_ptr<T>(p_.out, batch_, sequence_.q_start + row_begin_ + warp_row_ + row, head_) + value_begin_;
+      T* const to = row_ptr<T>(p_.out, batch_, sequence_.q_start + row_begin_ + warp_row_ + row, head_) + value_begin_;
       for (int col = lane_index() % kLanes * kChunk; col < cols; col += kLanes * kChunk)
         store_chunk(to + col, load_shared_16_bytes(memory_.o().address(warp_row_ + row, col)), cols - col);
     }

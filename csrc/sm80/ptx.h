@@ -115,7 +115,8 @@ __device__ __forceinline__ void add_to_global(float* p, const float (&x)[4]) {
                : "memory");
 #else
 #pragma unroll
-  for (int i = 0; i < 4; ++i) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + i), "f"(x[i]) : "memory");
+  for (int i = 0; i < 4; ++i)
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + i), "f"(x[i]) : "memory");
 #endif
 }
 

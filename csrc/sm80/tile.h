@@ -13,8 +13,8 @@
 namespace fae::sm80 {
 
 using cuda::Accumulator;
-using cuda::SharedTile;
 using cuda::lane_index;
+using cuda::SharedTile;
 using cuda::warp_index;
 
 // Columns of A, rows of B, that one product step consumes: 32 bytes.
@@ -111,15 +111,15 @@ __device__ __forceinline__ FragmentA<T> as_left_operand(const Accumulator<M, N>&
 
 enum class RowOrder { natural, pairs };
 
-// Part of a tile, from (row0, col0) on, as an operand that is stored as the product reads it: a left operand [m][k] or a
-// right operand [n][k].
+// Rows of a tile, from row0 on, as an operand that is stored as the product reads it: a left operand [m][k] or a right
+// operand [n][k].
 template <class Tile>
 class StraightOperand {
  public:
   using T = typename Tile::Element;
 
-  __device__ __forceinline__ StraightOperand(const Tile& tile, int row0, int col0 = 0)
-      : lane_(tile.address(row0 + lane_index() % 16, col0) ^ (lane_index() / 16 * 16)) {}
+  __device__ __forceinline__ StraightOperand(const Tile& tile, int row0)
+      : lane_(tile.address(row0 + lane_index() % 16, 0) ^ (lane_index() / 16 * 16)) {}
 
   __device__ __forceinline__ FragmentA<T> left(int m, int k) const {
     uint32_t x[4];
@@ -135,31 +135,31 @@ class StraightOperand {
   }
 
  private:
-  // 16 rows by 32 bytes. The permutation of chunks only depends on the lane, so that a step along a row is an exclusive
-  // or within 128 bytes.
+  // 16 rows by 32 bytes. How a row's chunks are permuted depends on the lane alone, so that a step along the row is an
+  // exclusive or within 128 bytes.
   __device__ __forceinline__ void load(int rows, int step, uint32_t (&x)[4]) const {
-    load_matrices((lane_ ^ (step % 4 * 32)) + step / 4 * Tile::kRows * cuda::kSwizzleBytes +
-                      rows * 16 * cuda::kSwizzleBytes,
-                  x);
+    load_matrices(
+        (lane_ ^ (step % 4 * 32)) + step / 4 * Tile::kRows * cuda::kSwizzleBytes + rows * 16 * cuda::kSwizzleBytes, x);
   }
 
   uint32_t lane_;
 };
 
-// The same for an operand that is stored the other way round: a left operand [k][m] or a right operand [k][n].
+// Columns of a tile, from col0 on (a multiple of 16), as an operand that is stored the other way round: a left operand
+// [k][m] or a right operand [k][n].
 template <class Tile, RowOrder kOrder = RowOrder::natural>
 class TransposedOperand {
  public:
   using T = typename Tile::Element;
 
-  __device__ __forceinline__ TransposedOperand(const Tile& tile, int row0, int col0 = 0) {
+  __device__ __forceinline__ explicit TransposedOperand(const Tile& tile, int col0 = 0) : first_(col0 / 16) {
     if constexpr (kWide) {
-      const int t = lane_index() % 4, column = col0 + lane_index() / 4;
+      const int t = lane_index() % 4, column = lane_index() / 4;
       const bool pairs = kOrder == RowOrder::pairs;
-      lane_[0] = tile.address(row0 + (pairs ? 2 * t : t), column);
-      lane_[1] = tile.address(row0 + (pairs ? 2 * t + 1 : t + 4), column);
+      lane_[0] = tile.address(pairs ? 2 * t : t, column);
+      lane_[1] = tile.address(pairs ? 2 * t + 1 : t + 4, column);
     } else {
-      lane_[0] = tile.address(row0 + lane_index() % 16, col0) ^ (lane_index() / 16 * 16);
+      lane_[0] = tile.address(lane_index() % 16, 0) ^ (lane_index() / 16 * 16);
     }
   }
 
@@ -180,6 +180,7 @@ class TransposedOperand {
 
   // kStepDepth rows by 16 columns.
   __device__ __forceinline__ void load(int step, int columns, uint32_t (&x)[4]) const {
+    columns += first_;
     if constexpr (kWide) {
       const uint32_t offset = step * 8 * cuda::kSwizzleBytes + columns / 2 * Tile::kRows * cuda::kSwizzleBytes;
       const uint32_t chunk = columns % 2 * 64;
@@ -193,6 +194,7 @@ class TransposedOperand {
   }
 
   uint32_t lane_[kWide ? 2 : 1];
+  int first_;
 };
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -288,6 +290,13 @@ __device__ __forceinline__ void store_pair(const Tile& tile, int row, int col, f
   } else {
     store_shared(address, pack(x, y, T{}));
   }
+}
+
+// The same to a row in global memory with `cols` columns.
+template <class T>
+__device__ __forceinline__ void store_pair(T* row, int col, int cols, float x, float y) {
+  if (col < cols) row[col] = T(x);
+  if (col + 1 < cols) row[col + 1] = T(y);
 }
 
 // 16 bytes to global memory, or the first `count` elements of them.

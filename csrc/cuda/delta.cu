@@ -1,0 +1,116 @@
+#include "../core/band.h"
+#include "../core/schedule.h"
+#include "../core/softmax.h"
+#include "accumulator.h"
+#include "delta.h"
+#include "launch.h"
+#include "score_terms.h"
+
+namespace fae::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowLanes = 8;  // threads of one row: 128 contiguous bytes of 64 16-bit elements
+
+template <int kLanes>
+__device__ __forceinline__ float sum_over_lanes(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// Copies `count` starts, limited to [0, total] and to the largest before them. One warp.
+__device__ void copy_monotone(const int32_t* from, int64_t count, int64_t total, int32_t* to) {
+  int32_t largest = 0;
+  for (int64_t i = lane_index(); i - lane_index() < count; i += kWarpThreads) {
+    int32_t x = i < count ? static_cast<int32_t>(clamp_length(from[i], total)) : 0;
+    x = max(x, largest);
+#pragma unroll
+    for (int offset = 1; offset < kWarpThreads; offset *= 2) {
+      const int32_t before = __shfl_up_sync(0xffffffffu, x, offset);
+      if (lane_index() >= offset) x = max(x, before);
+    }
+    if (i < count) to[i] = x;
+    largest = __shfl_sync(0xffffffffu, x, kWarpThreads - 1);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ BackwardPreparation a) {
+  const BackwardProblem& p = a.p;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = thread; i < a.counter_count; i += threads) a.counters[i] = 0;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  if (packed && blockIdx.x == 0 && warp_index() == 0) {
+    copy_monotone(p.cu_seqlens_q, p.batch + 1, p.total_q, a.cu_seqlens_q);
+    copy_monotone(p.cu_seqlens_k, p.batch + 1, p.total_k, a.cu_seqlens_k);
+  }
+
+  // All rows of the tensors: of packed ones also those that no sequence has, whose delta nobody reads.
+  const int64_t rows = packed ? p.total_q : p.max_seqlen_q, count = (packed ? 1 : p.batch) * rows * p.heads;
+  const int64_t last = ceil_div(count, threads / kRowLanes) * (threads / kRowLanes);  // whole warps take part in sums
+  for (int64_t i = thread / kRowLanes; i < last; i += threads / kRowLanes) {
+    const int64_t head = i % p.heads, row = i / p.heads % rows, batch = i / p.heads / rows;
+    float sum = 0;
+    if (i < count) {
+      const T* const out = row_ptr<T>(p.out, batch, row, head);
+      const T* const dout = row_ptr<T>(p.dout, batch, row, head);
+      for (int64_t d = threadIdx.x % kRowLanes; d < p.head_dim_v; d += kRowLanes)
+        sum += as_float(out[d]) * as_float(dout[d]);
+    }
+    sum = sum_over_lanes<kRowLanes>(sum);
+    if (i >= count) continue;
+    if (threadIdx.x % kRowLanes == 0) {
+      if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
+      *stats_ptr<float>(p.delta, batch, row, head) = sum;
+    }
+    if (packed) continue;
+    const Sequence s = sequence_of(p, batch);
+    if (row < s.seqlen_q && !band_of(p, s).any(row, row + 1).empty()) continue;
+    T* const dq = row_ptr<T>(p.dq, batch, row, head);
+    for (int64_t d = threadIdx.x % kRowLanes; d < p.head_dim; d += kRowLanes) dq[d] = T(0.0f);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) dsinks_kernel(const __grid_constant__ BackwardProblem p) {
+  __shared__ float warps[kThreads / kWarpThreads];
+  const int64_t head = blockIdx.x;
+  const float sink = static_cast<const float*>(p.sinks)[head];
+  float sum = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence_of(p, b);
+    for (int64_t row = threadIdx.x; row < s.seqlen_q; row += kThreads) {
+      const float lse = *stats_ptr<float>(p.lse, b, s.q_start + row, head);
+      sum += exp_of(sink - finite_max(lse)) * *stats_ptr<float>(p.delta, b, s.q_start + row, head);
+    }
+  }
+  sum = sum_over_lanes<kWarpThreads>(sum);
+  if (lane_index() == 0) warps[warp_index()] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kThreads / kWarpThreads; ++i) sum += warps[i];
+  static_cast<float*>(p.dsinks)[head] = -sum;
+}
+
+}  // namespace
+
+void prepare_backward(const BackwardPreparation& preparation, const Execution& execution) {
+  const BackwardProblem& p = preparation.p;
+  const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
+  const Grid grid{
+      .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};
+  const auto run = [&](auto kernel) { launch("backward preparation", kernel, grid, execution.stream, preparation); };
+  if (p.dtype == DType::float32)
+    run(prepare_kernel<float>);
+  else if (p.dtype == DType::bfloat16)
+    run(prepare_kernel<__nv_bfloat16>);
+  else
+    run(prepare_kernel<__half>);
+}
+
+void compute_dsinks(const BackwardProblem& p, const Execution& execution) {
+  launch("dsinks", dsinks_kernel, Grid{.blocks = p.heads, .threads = kThreads}, execution.stream, p);
+}
+
+}  // namespace fae::cuda
