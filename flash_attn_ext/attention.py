@@ -50,7 +50,8 @@ def attention(
         score = softcap tanh(softmax_scale q.k / softcap) - slope |i + shift - j| + bias,   shift = seqlen_k - seqlen_q
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or, on the CPU, float64.
+        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or, on the CPU, float64. Products of float32
+            on CUDA have float32 accuracy, or that of tf32 where torch.backends.cuda.matmul.allow_tf32 is set.
         k: (batch, seqlen_k, heads_kv, head_dim), q's dtype and device; heads must be a multiple of heads_kv, and
             neighbouring query heads share a key head (grouped-query attention, arXiv 2305.13245).
         v: (batch, seqlen_k, heads_kv, head_dim_v). head_dim and head_dim_v are 1 to 512 and may differ. Strides of q,
@@ -289,6 +290,7 @@ def attend(
             scale,
             softcap,
             dropout_p,
+            q.is_cuda and torch.backends.cuda.matmul.allow_tf32,
             deterministic,
         )
     except Exception as error:

@@ -253,7 +253,10 @@ class Case:
         if not self.public:
             scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
             return torch.ops.flash_attn_ext.forward(
-                *given.values(), None, None, self.window_left, self.window_right, scale, self.softcap, self.dropout_p
+                *given.values(),
+                *(None, None, self.window_left, self.window_right),
+                *(scale, self.softcap, self.dropout_p),
+                torch.backends.cuda.matmul.allow_tf32,
             )
         q, k, v = (given.pop(name) for name in "qkv")
         starts = [given.pop(name) for name in ("cu_seqlens_q", "cu_seqlens_k")]

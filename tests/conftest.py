@@ -1,21 +1,34 @@
-"""Devices, instruction-set levels and dtypes: every test that takes `device` runs on each of them."""
+"""Devices, instruction-set levels and dtypes: every test that takes `device` runs on each of them.
+
+A build with FAE_EMULATOR=1 adds the GPU kernels on a software model of a thread block, so that they are tested on
+machines without a GPU: copies arrive as late as they may, shared memory starts as NaN, lanes must stay together.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from cases import DTYPE_NAMES, DTYPES
 from hypothesis import HealthCheck, settings
 
+import flash_attn_ext
 from flash_attn_ext import _C
 
 CPU_LEVELS: tuple[str, ...] = tuple(_C.build_info()["cpu_levels_available"])
 ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
 # The matrix unit multiplies bfloat16 only; everything else at these levels runs the kernels of the level below.
 MATRIX_LEVELS = ("amx", "amx_emulated")
+
+EMULATOR = Path(flash_attn_ext.__file__).parent / "libflash_attn_ext_emulator.so"
+EMULATED: tuple[str, ...] = ()  # backends
+if EMULATOR.exists():
+    ctypes.CDLL(str(EMULATOR))
+    EMULATED = ("sm80_emulated",)
 
 EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "2000"))
 settings.register_profile(
@@ -32,6 +45,7 @@ settings.load_profile("problems")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "large: takes the emulator minutes, and is left out there")
 
 
 def pytest_report_header() -> str:
@@ -39,17 +53,18 @@ def pytest_report_header() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
         f"flash_attn_ext: CPU levels {', '.join(CPU_LEVELS)}; not on this machine: {', '.join(missing) or 'none'}; "
-        f"GPU: {gpu}; {EXAMPLES} drawn problems (FAE_TEST_EXAMPLES)"
+        f"GPU: {gpu}; emulated: {', '.join(EMULATED) or 'none'}; {EXAMPLES} drawn problems (FAE_TEST_EXAMPLES)"
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with `device` run on every CPU level and on CUDA; with `dtype` too, in every dtype that the place has."""
+    """Tests with `device` run on every CPU level, on CUDA and emulated; with `dtype` too, in each dtype of the place."""
     if "device" not in metafunc.fixturenames:
         return
     with_dtype = "dtype" in metafunc.fixturenames
     parameters = []
-    for place in (*(f"cpu-{level}" for level in CPU_LEVELS), "cuda"):
+    emulated = () if metafunc.definition.get_closest_marker("large") else EMULATED
+    for place in (*(f"cpu-{level}" for level in CPU_LEVELS), "cuda", *emulated):
         marks = [pytest.mark.gpu] if place == "cuda" else []
         if not with_dtype:
             parameters.append(pytest.param(place, id=place, marks=marks))
@@ -57,7 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for dtype in DTYPES:
             if place.removeprefix("cpu-") in MATRIX_LEVELS and dtype != torch.bfloat16:
                 continue
-            if place == "cuda" and dtype == torch.float64:
+            if not place.startswith("cpu") and dtype == torch.float64:
                 continue
             parameters.append(pytest.param(place, dtype, id=f"{place}-{DTYPE_NAMES[dtype]}", marks=marks))
     if with_dtype:
@@ -80,6 +95,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         if not any(entry["accepted"] for entry in _C.explain(device="cuda", dtype="float16", **sizes)):
             pytest.skip("this build has no attention kernels for CUDA")
         yield "cuda"
+    elif request.param in EMULATED:
+        _C.set_backends([request.param])
+        yield "cpu"
+        _C.set_backends([])
     else:
         _C.set_cpu_level(request.param.removeprefix("cpu-"))
         yield "cpu"

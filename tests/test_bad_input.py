@@ -272,7 +272,7 @@ def test_gradients_are_checked_as_well() -> None:
     options = [None] * 13
     with pytest.raises(RuntimeError, match=r"flash_attn_ext\.backward: ") as raised:
         torch.ops.flash_attn_ext.backward(
-            out[:1], lse[:, :1], q, k, v, out.double(), lse.half(), *options, 0.3, 0.0, 0.0, True, True
+            out[:1], lse[:, :1], q, k, v, out.double(), lse.half(), *options, 0.3, 0.0, 0.0, False, True, True
         )
     for name in ("dout", "dlse", "out", "lse", "bias"):
         raised.match(rf"\n- {name}\b")

@@ -8,6 +8,8 @@
 
 namespace fae::cuda {
 
+constexpr float kLog2e = 1.44269504f;
+
 template <int M, int N>
 struct Accumulator {
   float x[M][N][4];

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "../core/softmax.h"
 #include "accumulator.h"
 
@@ -8,16 +10,18 @@
 
 namespace fae::cuda {
 
-template <int M>
+// Plain scores are products times a scale. They are counted in powers of two, so that scale and maximum take one fused
+// multiply-add. General scores can be as low as the lowest float, and stay in the natural units that they come in.
+template <int M, bool kGeneral>
 struct RowStates {
-  RowState<float, float, BinaryBase> x[M][2];
+  RowState<float, float, std::conditional_t<kGeneral, NaturalBase, BinaryBase>> x[M][2];
 };
 
-// Scores become P = 2^(scale_log2 s - m), and what has been accumulated in `o` follows the maximum.
-template <int M, int N, int ND, class Exp2>
-__device__ __forceinline__ void update_softmax(RowStates<M>& states, Accumulator<M, N>& s, Accumulator<M, ND>& o,
-                                               float scale_log2, Exp2&& exp2) {
-  // A fused multiply-add brings to light how m was rounded. Up to here that is less than one binary digit of P, which
+// Scores become P = exp(s - m), and what has been accumulated in `o` follows the maximum. scale_log2: of plain scores.
+template <bool kGeneral, int M, int N, int ND, class Exp2>
+__device__ __forceinline__ void update_softmax(RowStates<M, kGeneral>& states, Accumulator<M, N>& s,
+                                               Accumulator<M, ND>& o, float scale_log2, Exp2&& exp2) {
+  // The fused multiply-add brings to light how m was rounded. Up to here that is less than one binary digit of P, which
   // cancels; beyond it, scores are rounded in the way of m, so that the largest gives P = 1 whatever its size.
   constexpr float kLargeScore = 1 << 24;
   float factors[M][2];
@@ -26,13 +30,14 @@ __device__ __forceinline__ void update_softmax(RowStates<M>& states, Accumulator
     float x = s.at(m, half, 0, 0);
 #pragma unroll
     for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
-    factors[m][half] = states.x[m][half].update_max(quad_max(x) * scale_log2);
+    x = quad_max(x);
+    factors[m][half] = states.x[m][half].update_max(kGeneral ? x : x * scale_log2);
     moved |= factors[m][half] != 1.0f;
     large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
   });
   if (__any_sync(0xffffffffu, moved))
     o.for_each([&](int m, int half, int n, int e) { o.at(m, half, n, e) *= factors[m][half]; });
-  if (__any_sync(0xffffffffu, large)) {
+  if (!kGeneral && __any_sync(0xffffffffu, large)) {
     s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale_log2; });
     scale_log2 = 1;
   }
@@ -44,7 +49,7 @@ __device__ __forceinline__ void update_softmax(RowStates<M>& states, Accumulator
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(m, half, n, e);
-        x = exp2(fmaf(x, scale_log2, -reference));
+        x = exp2(kGeneral ? (x - reference) * kLog2e : fmaf(x, scale_log2, -reference));
         sum += x;
       }
     states.x[m][half].l += sum;

@@ -12,8 +12,6 @@ namespace fae::cuda {
 using DeviceBand = BasicBand<int>;
 constexpr int64_t kMaxSeqlen = int64_t{1} << 29;  // of queries and keys together: sums of positions fit an int
 
-constexpr float kLog2e = 1.44269504f;
-
 __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }

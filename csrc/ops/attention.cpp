@@ -46,6 +46,7 @@ Problem problem_of(Inputs& in, const Extents& e) {
   p.mask = score_view(in.mask);
   p.sinks = data(in.sinks);
   p.dropout_p = in.dropout_p;
+  p.allow_tf32 = in.allow_tf32;
   p.rng_state = static_cast<const int64_t*>(data(in.rng_state));
   return p;
 }

@@ -9,12 +9,13 @@ namespace {
 // bias (q's dtype or float32) and mask (bool, true = attend): 4-D, each dimension 1 or that of (B, H, Sq, Sk).
 // alibi_slopes: float32 (H) or (B, H). sinks: (H). seqused_q, seqused_k: int32 (B). rng_state: int64 (seed, offset).
 // lse and sinks: float32, float64 with float64 inputs. window_left, window_right: None = no limit.
+// allow_tf32: float32 products on CUDA may round their factors to tf32.
 // dbias and dsinks have shape (0) where they are not wanted.
 #define FAE_OPTIONS                                                                                       \
   "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "                                     \
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? rng_state, " \
   "SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, "               \
-  "float softmax_scale, float softcap, float dropout_p"
+  "float softmax_scale, float softcap, float dropout_p, bool allow_tf32"
 
 STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
   m.def("forward(Tensor q, Tensor k, Tensor v, " FAE_OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -45,7 +46,7 @@ struct ArgumentStack {
 ArgumentStack& take_options(ArgumentStack& stack, Inputs& in) {
   return stack >> in.bias >> in.mask >> in.alibi_slopes >> in.sinks >> in.cu_seqlens_q >> in.cu_seqlens_k >>
          in.seqused_q >> in.seqused_k >> in.rng_state >> in.max_seqlen_q >> in.max_seqlen_k >> in.window_left >>
-         in.window_right >> in.softmax_scale >> in.softcap >> in.dropout_p;
+         in.window_right >> in.softmax_scale >> in.softcap >> in.dropout_p >> in.allow_tf32;
 }
 
 void boxed_forward(StableIValue* stack, uint64_t, uint64_t) {

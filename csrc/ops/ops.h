@@ -16,6 +16,7 @@ struct Inputs {
   MaybeTensor bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state;
   MaybeInt max_seqlen_q, max_seqlen_k, window_left, window_right;
   double softmax_scale = 1, softcap = 0, dropout_p = 0;
+  bool allow_tf32 = false;
 
   bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
 };

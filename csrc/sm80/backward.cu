@@ -378,7 +378,9 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
   BackwardProblem p = problem;
   p.delta = space.delta;
-  cuda::prepare_backward({p, space.counters, space.counter_count, space.cu_seqlens_q, space.cu_seqlens_k}, execution);
+  const cuda::BackwardPreparation preparation{p, space.counters, space.counter_count, space.cu_seqlens_q,
+                                              space.cu_seqlens_k};
+  cuda::prepare_backward(preparation, execution);
   if (p.cu_seqlens_q) {
     p.cu_seqlens_q = space.cu_seqlens_q;
     p.cu_seqlens_k = space.cu_seqlens_k;

@@ -119,14 +119,11 @@ class ForwardTask {
         call_.precision);
 
     // P = exp(S - m)
-    float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
     const cuda::ScoreTerms terms(p_, batch_, head_, band_);
-    if constexpr (kGeneral) {
-      terms.apply(s, row, key, [](int, int, int, int, float) {});
-      scale_log2 = cuda::kLog2e;
-    }
+    if constexpr (kGeneral) terms.apply(s, row, key, [](int, int, int, int, float) {});
     if (edge) cuda::mask_band(s, band_, row, key);
-    cuda::update_softmax(states_, s, output_, scale_log2, [](float x) { return exp2_approx(x); });
+    cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, [](float x) { return exp2_approx(x); });
     if constexpr (kGeneral) {
       if (p_.dropout_p > 0)
         terms.dropout(s, row, key, [&](int m, int half, int n, int e, bool kept) {
@@ -180,7 +177,7 @@ class ForwardTask {
   const cuda::DeviceBand band_;
   const KeyBlocks<int> blocks_;
   const Memory memory_;
-  cuda::RowStates<M> states_;
+  cuda::RowStates<M, kGeneral> states_;
   Accumulator<M, ND> output_;
 };
 

@@ -56,12 +56,11 @@ class Recompute {
     multiply_rows(operands.q, operands.k, warp, prob);
     multiply_rows(operands.dout, operands.v, warp, ds);
 
-    float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
     [[maybe_unused]] Scores cap_gradient;
     if constexpr (kGeneral) {
       cap_gradient.fill(1);
       terms_.apply(prob, row, key, [&](int m, int half, int n, int e, float x) { cap_gradient.at(m, half, n, e) = x; });
-      scale_log2 = cuda::kLog2e;
     }
     const auto every = band_.every(row, min(row + Warps::M * 16, band_.seqlen_q));
     if (every.begin > key || every.end < key + Warps::N * 8) cuda::mask_band(prob, band_, row, key);
@@ -69,9 +68,8 @@ class Recompute {
     float delta[Warps::M][2];
     prob.for_each_row([&](int m, int half) {
       const int offset = (warp.row + prob.row(m, half)) * 4;
-      const float lse = __uint_as_float(load_shared(operands.lse + offset));
+      const float lse = finite_max(__uint_as_float(load_shared(operands.lse + offset)));
       delta[m][half] = __uint_as_float(load_shared(operands.delta + offset));
-      const float lse_log2 = finite_max(lse) * cuda::kLog2e;
 #pragma unroll
       for (int n = 0; n < Warps::N; ++n)
 #pragma unroll
@@ -79,7 +77,8 @@ class Recompute {
           // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is
           // needed.
           float& x = prob.at(m, half, n, e);
-          x = exp2_approx(fminf(fmaf(x, scale_log2, -lse_log2), 0.0f));
+          const float log2_p = kGeneral ? (x - lse) * cuda::kLog2e : fmaf(x, scale_log2, -lse * cuda::kLog2e);
+          x = exp2_approx(fminf(log2_p, 0.0f));
         }
     });
 
