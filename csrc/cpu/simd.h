@@ -286,11 +286,17 @@ FAE_INLINE Vec<T> load_as(const S* p) {
   } else if constexpr (std::is_same_v<S, float16> && std::is_same_v<T, float>) {
     return Vec<T>(static_cast<typename Vec<T>::Native>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))));
 #endif
+#if defined(__AVX512F__)  // GCC 12 widens in two halves and joins them
+  } else if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return Vec<T>(static_cast<typename Vec<T>::Native>(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))));
+#else
   } else if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>) {
     typename NativeVector<uint16_t, Vec<float>::width>::type half;
     std::memcpy(&half, p, sizeof(half));
     using Wide = typename NativeVector<uint32_t, Vec<float>::width>::type;
     return Vec<float>(reinterpret_cast<Vec<float>::Native>(__builtin_convertvector(half, Wide) << 16));
+#endif
   } else {
     T buffer[Vec<T>::width];
     for (int i = 0; i < Vec<T>::width; ++i) buffer[i] = static_cast<T>(to_compute(p[i]));
@@ -374,6 +380,20 @@ FAE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::width]) {
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
+}
+
+// The sum of every vector, each in the lane of its index: a transposition that adds at every stage, and so halves what
+// is left to shuffle.
+template <class T>
+FAE_INLINE Vec<T> lane_sums(Vec<T> (&rows)[Vec<T>::width]) {
+  using Lanes = std::make_integer_sequence<int, Vec<T>::width>;
+#pragma GCC unroll 4
+  for (int n = Vec<T>::width / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      rows[i] = Vec<T>(interleave_low(rows[i].v, rows[i + n].v, Lanes{})) +
+                Vec<T>(interleave_high(rows[i].v, rows[i + n].v, Lanes{}));
+  return rows[0];
 }
 
 }  // namespace fae::cpu::FAE_LEVEL
