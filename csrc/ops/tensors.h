@@ -39,12 +39,20 @@ inline ScalarType stats_type(const Tensor& t) {
 
 using Sizes = std::vector<int64_t>;
 
-inline Tensor new_empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+// Contiguous. Without the dispatcher, where torch::stable::new_empty goes, a tensor takes 0.2 instead of 0.9 us.
+inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
 }
-inline Tensor new_empty_like(const Tensor& t) {  // contiguous, whatever the strides of t
-  return torch::stable::new_empty(t, t.sizes());
-}
+inline Tensor new_empty_like(const Tensor& t) { return new_empty(t, t.sizes(), t.scalar_type()); }
 
 // The kernels read the last dimension as contiguous: anything else is copied once, here.
 inline Tensor with_contiguous_rows(const Tensor& t) {
