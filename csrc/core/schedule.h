@@ -2,8 +2,8 @@
 
 #include "band.h"
 
-// How one call is cut into tasks. A task list depends on shapes only, never on the number of threads or SMs, so that
-// results keep their bits whatever runs them.
+// How one call is cut into tasks. Where arithmetic follows the cut, the cut follows shapes only, never the number of
+// threads or SMs, so that results keep their bits whatever runs them.
 
 namespace fae {
 
