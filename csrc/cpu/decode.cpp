@@ -221,9 +221,7 @@ class DecodeTask {
         const S* v = row_ptr<S>(p_.v, batch_, sequence_.k_start + key + j, head);
         const S* ahead = key + j + 2 * kRows <= sequence_.seqlen_k ? v + kRows * p_.v.stride_row : v;
         for_row_tiles(head, [&]<int R>(int64_t r) {
-          constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // of 32 or 16 registers
-          add_values<R, R == 1 ? 8 : kSums / R>(scratch_.prob + r * kBlockKeys + j, v, keys, ahead,
-                                                partial_.o + r * ld_v_, 0);
+          add_values<R, 8 / R>(scratch_.prob + r * kBlockKeys + j, v, keys, ahead, partial_.o + r * ld_v_, 0);
         });
       }
     }
