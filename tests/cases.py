@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import flash_attn_ext
 from flash_attn_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # make test-sanitize
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # By argument name of the op; None: not given. dout and dlse are the incoming gradients.
