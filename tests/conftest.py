@@ -17,7 +17,8 @@ ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
 # The matrix unit multiplies bfloat16 only; everything else at these levels runs the kernels of the level below.
 MATRIX_LEVELS = ("amx", "amx_emulated")
 
-EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "200" if SANITIZED else "2000"))  # sanitized ones take ten times longer
+# Under the sanitizers one takes several times as long.
+EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "200" if SANITIZED else "2000"))
 settings.register_profile(
     "problems",
     max_examples=EXAMPLES,

@@ -153,9 +153,9 @@ FAE_INLINE T total_of(Vec<T> x) {
 
 // ---- exp2, exp, log, tanh -------------------------------------------------------------------------------------------
 
-// 2^x by minimax polynomials; Degree 5: relative error 8.3e-8 and exactly 1 at 0, so that a row of one key is that key's
-// value; Degree 3: 7.5e-5 (enough where the result is rounded to bfloat16). Exactly 0 for x below -126 and -inf; above 128
-// no less than 3.4e38; NaN stays NaN.
+// 2^x by minimax polynomials; Degree 5: relative error 8.3e-8 and exactly 1 at 0, so that a row of one key gives that
+// key's value; Degree 3: 7.5e-5 (enough where the result is rounded to bfloat16). Exactly 0 for x below -126 and -inf;
+// above 128 no less than 3.4e38; NaN stays NaN.
 template <int Degree = 5>
 FAE_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
