@@ -41,14 +41,16 @@ test: install-test,demo
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not slow"
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
-# from its folder, so that Python finds it first. torch and Python leak on purpose.
+# from its folder, so that Python finds it first. torch and Python leak on purpose. The sanitizer looks for the function
+# that throws C++ exceptions when it starts, and ends the process at the first exception if libstdc++ was not there yet.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= tests
 .PHONY: test-sanitize
 test-sanitize: install-test,demo
 	FAE_SANITIZE=1 FAE_CUDA=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
-	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -c $(CURDIR)/pyproject.toml -m "not slow" \
+	preload=$$(for library in libasan.so libstdc++.so.6; do $${CXX:-c++} -print-file-name=$$library; done) && \
+	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(PYTHON) -m pytest -n auto -c $(CURDIR)/pyproject.toml -m "not slow" \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) --ignore $(CURDIR)/tests/test_build.py
 
 .PHONY: lint

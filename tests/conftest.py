@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPE_NAMES, DTYPES
+from cases import DTYPE_NAMES, DTYPES, SANITIZED
 from hypothesis import HealthCheck, settings
 
 import flash_attn_ext
@@ -30,7 +30,8 @@ if EMULATOR.exists():
     ctypes.CDLL(str(EMULATOR))
     EMULATED = ("sm80_emulated",)
 
-EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "2000"))
+# Under the sanitizers one takes several times as long.
+EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "200" if SANITIZED else "2000"))
 settings.register_profile(
     "problems",
     max_examples=EXAMPLES,

@@ -467,14 +467,16 @@ def test_explain_command(capsys: pytest.CaptureFixture[str]) -> None:
         commands.main(["explain", "--nonsense"])
 
 
-def test_demo_and_bench_hand_their_arguments_on() -> None:
+@pytest.mark.parametrize(("command", "answer"), [("demo", "--parts"), ("bench", "--suite")])
+def test_demo_and_bench_hand_their_arguments_on(command: str, answer: str) -> None:
     """Each answers for itself, in a process as a user starts it."""
-    for command, answer in (("demo", "--parts"), ("bench", "--suite")):
-        done = subprocess.run(
-            [sys.executable, "-m", "flash_attn_ext", command, "--help"], capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert answer in done.stdout
+    if command == "bench" and not (Path(commands.__file__).parents[1] / "benchmarks").exists():
+        pytest.skip("the package under test is not in its source tree, and the benchmark is nowhere else")
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_attn_ext", command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert answer in done.stdout
 
 
 def test_import_without_the_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

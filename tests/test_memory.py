@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import SANITIZED
 
 TESTS = Path(__file__).parent
 MIB = 2**20
@@ -98,6 +99,7 @@ print("all right")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None or not sys.platform.startswith("linux"), reason="needs cc and glibc")
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer replaces the allocator, as this test does")
 def test_nothing_is_read_before_it_is_written(tmp_path: Path) -> None:
     """Results do not change where all fresh memory, scratch of the kernels included, holds NaN."""
     source, library = tmp_path / "poison.c", tmp_path / "poison.so"
@@ -124,6 +126,7 @@ print((rss() - before) * 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps freed memory to catch its use")
 def test_no_leak() -> None:
     """A leak of one call's results would take 570 MB in 200 calls (2.9 MB of bias gradient alone each); the heap's own
     fragments take two or three."""

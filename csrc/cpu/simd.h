@@ -153,9 +153,9 @@ FAE_INLINE T total_of(Vec<T> x) {
 
 // ---- exp2, exp, log, tanh -------------------------------------------------------------------------------------------
 
-// 2^x by minimax polynomials; Degree 5: relative error 8.3e-8 and exactly 1 at 0, so that a row that sees one key
-// returns its value; Degree 3: 7.5e-5 (enough where the result is rounded to bfloat16). Exactly 0 for x below -126 and
-// -inf; above 128 no less than 3.4e38; NaN stays NaN.
+// 2^x by minimax polynomials; Degree 5: relative error 8.3e-8 and exactly 1 at 0, so that a row of one key gives that
+// key's value; Degree 3: 7.5e-5 (enough where the result is rounded to bfloat16). Exactly 0 for x below -126 and -inf;
+// above 128 no less than 3.4e38; NaN stays NaN.
 template <int Degree = 5>
 FAE_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -165,7 +165,7 @@ FAE_INLINE Vec<float> exp2(Vec<float> x) {
   if constexpr (Degree == 3)
     p = ((f * 7.802452147e-2f + 2.260671556e-1f) * f + 6.958335638e-1f) * f + 9.999251962e-1f;
   else
-    p = ((((f * 1.867130632e-3f + 9.017028846e-3f) * f + 5.579991266e-2f) * f + 2.401644439e-1f) * f +
+    p = ((((f * 1.866952633e-3f + 9.017480537e-3f) * f + 5.579951406e-2f) * f + 2.401645929e-1f) * f +
          6.931512952e-1f) *
             f +
         1.0f;
