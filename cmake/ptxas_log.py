@@ -1,8 +1,8 @@
 """Compiler launcher of CUDA files: ptxas_log.py LOG_FOLDER nvcc ARGUMENTS...
 
 Runs the compiler, keeps what ptxas says of registers and spills, and how many seconds it all took, in
-LOG_FOLDER/<target>.<source>.log, and fails on its C75xx messages: they announce that wgmma instructions were serialised, which costs most of a kernel's speed without being an
-error.
+LOG_FOLDER/<target>.<source>.log, and fails on ptxas's C75xx messages: they announce that wgmma instructions were
+serialised, which costs most of a kernel's speed without being an error.
 """
 
 import re

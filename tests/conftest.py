@@ -59,7 +59,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with `device` run on every CPU level, on CUDA and emulated; with `dtype` too, in each dtype of the place."""
+    """Tests with `device` run on each CPU level, on CUDA and emulated; with `dtype` too, in each dtype of the place."""
     if "device" not in metafunc.fixturenames:
         return
     with_dtype = "dtype" in metafunc.fixturenames

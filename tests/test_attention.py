@@ -166,8 +166,8 @@ def test_not_finite_inputs(
     expected = reference.attention(*given, causal=True)
     lost = expected[:, 40:].isfinite() & ~out[:, 40:].isfinite()
     if split_products and where == "k":
-        # The float32 products of the tensor cores split their factors, and 0 * inf is NaN: a key with an infinity, which
-        # the reference may hide by a score of -inf, shows. Never elsewhere.
+        # The float32 products of the tensor cores split their factors, and 0 * inf is NaN: a key with an infinity,
+        # which the reference may hide by a score of -inf, shows. Never elsewhere.
         lost[:, :, 0] = False
     assert not lost.any()
     assert not (out[:, 40:].isfinite() & ~expected[:, 40:].isfinite()).any()

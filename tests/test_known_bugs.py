@@ -192,6 +192,7 @@ def test_overflow_of_strides(device: str, dim: int, tmp_path: Path) -> None:
     assert torch.equal(flash_attn_ext.attention(*far), flash_attn_ext.attention(*near))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(33728, 3), (3, 33728)])
 def test_lengths_cast_to_16_bits(device: str, seqlen_q: int, seqlen_k: int) -> None:
     """XF#719: length 33728 with head_dim 512 passed through an int16 and gave NaN."""
@@ -199,12 +200,15 @@ def test_lengths_cast_to_16_bits(device: str, seqlen_q: int, seqlen_k: int) -> N
     check(case, device)
 
 
-def test_grid_limit_of_the_batch(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.large
+def test_grid_limit_of_the_batch(device: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """PT#146704, PT#142228, XF#845: from batch 65536 on the kernel was not launched, and nobody said so."""
     q, k, v = (torch.randn(65537, 1, 1, 4, dtype=dtype, device=device).requires_grad_() for _ in range(3))
     out = flash_attn_ext.attention(q, k, v)
     dout = torch.randn_like(out)
-    assert torch.equal(out, v)  # one key: all of its value
+    # One key: all of its value, up to what a tensor core keeps of a float32 as two tf32 numbers.
+    rtol = 0 if dtype != torch.float32 or request.node.callspec.id.startswith("cpu") else 2**-22
+    torch.testing.assert_close(out, v, rtol=rtol, atol=0)
     # P is exp(score - lse), where the lse is rounded: a few eps.
     assert torch.allclose(gradients(out, v, dout=dout)[0], dout, rtol=16 * torch.finfo(dtype).eps, atol=0)
 

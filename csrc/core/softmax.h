@@ -71,18 +71,21 @@ struct RowState {
     return {mine, theirs};
   }
 
-  FAE_INLINE RowState<T, T, Base> total() const { return {m, total_of(l)}; }
+  // All of a row, in natural units.
+  FAE_INLINE RowState<T> total() const { return {m * T(Base::kNatural), total_of(l)}; }
 
-  // A sink is one more logit that takes part in the sum and has no value row. It comes in natural units.
+  // A sink is one more logit that takes part in the sum and has no value row.
   FAE_INLINE T add_sink(T sink) {
-    sink *= T(1 / Base::kNatural);
+    static_assert(Base::kNatural == 1);
     const T factor = update_max(sink);
     l += Base::power(sink - finite_max(m));
     return factor;
   }
 
-  // In natural units.
-  FAE_INLINE T lse() const { return l == T(0) ? minus_infinity<T>() : m * T(Base::kNatural) + log_of(l); }
+  FAE_INLINE T lse() const {
+    static_assert(Base::kNatural == 1);
+    return l == T(0) ? minus_infinity<T>() : m + log_of(l);
+  }
   FAE_INLINE T inverse_sum() const { return l == T(0) ? T(0) : T(1) / l; }
 };
 

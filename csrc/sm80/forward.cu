@@ -142,8 +142,8 @@ class ForwardTask {
     wait_copies<0>();  // of Q, where there were no keys
     __syncthreads();
     output_.for_each_row([&](int m, int half) {
-      auto& state = states_.x[m][half];
-      state.l = cuda::quad_sum(state.l);
+      states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
+      RowState<float> state = states_.x[m][half].total();
       const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[head_]) : 1.0f;
       const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
       const int row = warp_row_ + output_.row(m, half);
