@@ -77,16 +77,29 @@ def test_code_shared_by_instruction_sets_is_portable() -> None:
 
 
 def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
+    """Kernels for plain 16-bit attention up to head dim 128, and all that is not attention, spill nothing."""
     skip_unless_built(CUDA_LIBRARY)
     (build,) = build_folders()
-    logs = list(build.glob("ptxas/*.log"))
-    assert {log.stem for log in logs} == {path.name for path in (ROOT / "csrc").glob("cuda/*.cu")}
-    for log in logs:
-        text = log.read_text()
-        assert not re.findall(r"\bC75\d\d\b.*", text), log.name
+    logs = {log.name: log.read_text() for log in build.glob("ptxas/*.log")}
+    folders = {"cuda": ["fae_cuda_kernels"], "sm80": [f"fae_sm80_{dim}" for dim in (64, 128, 192, 256, 512)]}
+    expected = {
+        f"{target}.{source.name}.log"
+        for folder, targets in folders.items()
+        for target in targets
+        for source in (ROOT / "csrc" / folder).glob("*.cu")
+    }
+    assert logs.keys() == expected
+    for name, text in logs.items():
+        assert not re.findall(r"\bC75\d\d\b.*", text), name
         spills = re.findall(r"properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert spills, f"{log.name}: no kernel reported"
-        assert not [spill for spill in spills if spill[1:] != ("0", "0")], log.name
+        assert spills, f"{name}: no kernel reported"
+        for kernel, *stored_and_loaded in spills:
+            attention = re.search(r"(forward|backward|bias_gradient)_kernelI(f?).*ConfigI.*Li(\d+)E+(Lb1)?", kernel)
+            plain = not attention or not (attention[2] or attention[4] or int(attention[3]) > 128)
+            plain &= not attention or attention[1] != "bias_gradient"
+            # Score terms and float32 keep more values than there are registers; what they spill, beside thousands of
+            # instructions of a block of keys, is not to grow.
+            assert max(map(int, stored_and_loaded)) <= (0 if plain else 336), f"{name}: {kernel} {stored_and_loaded}"
 
 
 def test_ptxas_launcher_fails_on_serialised_wgmma(tmp_path: Path) -> None:

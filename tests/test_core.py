@@ -143,6 +143,36 @@ def test_tile_schedule_covers_every_tile_once() -> None:
         assert all(first[2] >= second[2] for first, second in pairwise(tiles))
 
 
+def test_grid_schedule_covers_every_tile_once() -> None:
+    rng = random.Random(9)
+    for problem in range(PROBLEMS):
+        batch, heads, block_rows = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 16)
+        lengths = [rng.randint(0, 40) for _ in range(batch)] if problem % 2 else [rng.randint(0, 40)] * batch
+        starts = [sum(lengths[:b]) for b in range(batch + 1)]
+        packed = starts if problem % 2 else []
+        group, last_first = rng.randint(1, 7), rng.random() < 0.5
+        tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, last_first)
+        # Numbers of a packed schedule that lie past a sequence's end are passed over by kernels.
+        tiles = [tuple(tile) for tile in tiles if 0 <= tile[2] < math.ceil(lengths[tile[0]] / block_rows)]
+        expected = {(b, h, r) for b in range(batch) for h in range(heads) for r in range(-(-lengths[b] // block_rows))}
+        assert len(tiles) == len(expected)
+        assert set(tiles) == expected
+        # What takes turns relies on it: a head's blocks come in order.
+        for b, h in {tile[:2] for tile in tiles}:
+            blocks = [tile[2] for tile in tiles if tile[:2] == (b, h)]
+            assert blocks == sorted(blocks, reverse=last_first)
+
+
+def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:
+    rng = random.Random(10)
+    for _ in range(PROBLEMS):
+        batch = rng.randint(1, 5)
+        starts = [rng.randint(-50, 300) for _ in range(batch + 1)]
+        for b, h, _ in core.grid_schedule(batch, 2, 0, 16, starts, 200, 1, False):
+            assert 0 <= b < batch
+            assert 0 <= h < 2
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [  # the known answers that its authors publish with Random123

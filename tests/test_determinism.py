@@ -29,6 +29,7 @@ def assert_equal(got: Result, expected: Result) -> None:
         assert torch.equal(got[name], t), name
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threads(device: str, dtype: torch.dtype, case: Case, thread_count: None) -> None:
     if device == "cuda":
@@ -42,6 +43,7 @@ def test_threads(device: str, dtype: torch.dtype, case: Case, thread_count: None
         assert_equal(result, results[0])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_repeated_runs(device: str, dtype: torch.dtype, case: Case) -> None:
     inputs = case.but(dtype=dtype).make(device)

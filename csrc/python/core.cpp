@@ -55,6 +55,21 @@ void bind_schedule(py::module_& m) {
         return tiles;
       },
       "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "[batch, head, block] of every tile, in order");
+  m.def(
+      "grid_schedule",
+      [](int64_t batch, int64_t heads, int64_t seqlen, int64_t block_rows, const std::vector<int32_t>& cu_seqlens,
+         int64_t total, int64_t group, bool last_first) {
+        GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
+                              total);
+        schedule.group = group;
+        schedule.last_first = last_first;
+        std::vector<std::array<int64_t, 3>> tiles;
+        for (int64_t i = 0; i < schedule.size(); ++i)
+          tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
+        return tiles;
+      },
+      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "last_first"_a,
+      "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty");
 }
 
 void bind_dropout(py::module_& m) {

@@ -15,14 +15,14 @@ struct ForwardTile {
   static constexpr int kThreads = kWarps * cuda::kWarpThreads, kWarpRows = kRows / kWarps;
 };
 
-// 32 rows per warp, so that a fragment of K or V serves two products, as far as O fits into the registers; shared
-// memory within the 99 KB of the smaller GPUs (8.6, 8.9, 12.0).
+// 32 rows per warp, so that a fragment of K or V serves two products, where O then leaves registers for the rest (at
+// 128 columns it spills); shared memory within the 99 KB of the smaller GPUs (8.6, 8.9, 12.0).
 template <class T, int kHeadDim>
 struct ForwardConfig;
 template <class T>
 struct ForwardConfig<T, 64> : ForwardTile<128, 64, 4, 64> {};
 template <class T>
-struct ForwardConfig<T, 128> : ForwardTile<128, 64, 4, 128> {};
+struct ForwardConfig<T, 128> : ForwardTile<128, 64, 8, 128> {};
 template <class T>
 struct ForwardConfig<T, 192> : ForwardTile<64, 32, 4, 192> {};
 template <class T>
@@ -59,7 +59,7 @@ struct BackwardConfig;
 template <class T>
 struct BackwardConfig<T, 64> : BackwardTile<64, 128, 64, 2, 2, 4, 4, 4> {};
 template <class T>
-struct BackwardConfig<T, 128> : BackwardTile<64, 128, 128, 2, 2, 4, 4, 2> {};
+struct BackwardConfig<T, 128> : BackwardTile<64, 64, 128, 1, 2, 4, 2, 2> {};
 template <class T>
 struct BackwardConfig<T, 192> : BackwardTile<32, 64, 192, 1, 2, 4, 4, 2> {};
 template <class T>

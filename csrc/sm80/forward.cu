@@ -52,7 +52,8 @@ class ForwardTask {
         row_begin_(static_cast<int>(tile.block) * Config::kRows),
         warp_row_(warp_index() * Config::kWarpRows),
         value_begin_(value_chunk * Config::kDimV),
-        sequence_(sequence),
+        q_start_(static_cast<int>(sequence.q_start)),
+        k_start_(static_cast<int>(sequence.k_start)),
         band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
         blocks_(band_.any(row_begin_, row_end(Config::kRows)), band_.every(row_begin_, row_end(Config::kRows)),
                 Config::kKeys),
@@ -60,8 +61,8 @@ class ForwardTask {
 
   __device__ void run() {
     copy_rows<Config::kThreads>(
-        memory_.q(), GlobalRows<T>(p_.q, batch_, sequence_.q_start + row_begin_, head_, band_.seqlen_q - row_begin_,
-                                   p_.head_dim, 0, call_.q_whole_vectors));
+        memory_.q(), GlobalRows<T>(p_.q, batch_, q_start_ + row_begin_, head_, band_.seqlen_q - row_begin_, p_.head_dim,
+                                   0, call_.q_whole_vectors));
     copy_keys(blocks_.begin);
     output_.fill(0);
 #pragma unroll 1
@@ -70,14 +71,14 @@ class ForwardTask {
   }
 
  private:
-  __device__ int row_end(int rows) const { return min(row_begin_ + rows, static_cast<int>(sequence_.seqlen_q)); }
+  __device__ int row_end(int rows) const { return min(row_begin_ + rows, band_.seqlen_q); }
   __device__ static int stage_of(int block) { return Config::kStages == 1 ? 0 : block % 2; }
 
   // Starts the copy of a block of K and V, in a group of its own (which is empty past the last block).
   __device__ void copy_keys(int block) const {
     if (block < blocks_.end) {
       const int head_kv = head_ / static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
-      const int64_t row = sequence_.k_start + key;
+      const int64_t row = k_start_ + key;
       const int rows = band_.seqlen_k - key;
       copy_rows<Config::kThreads>(memory_.k(stage_of(block)), GlobalRows<T>(p_.k, batch_, row, head_kv, rows,
                                                                             p_.head_dim, 0, call_.k_whole_vectors));
@@ -152,7 +153,7 @@ class ForwardTask {
         store_pair(memory_.o(), row, output_.col(n, 0), output_.at(m, half, n, 0) * weight,
                    output_.at(m, half, n, 1) * weight);
       if (value_begin_ == 0 && lane_index() % 4 == 0 && row_begin_ + row < band_.seqlen_q)
-        *stats_ptr<float>(p_.lse, batch_, sequence_.q_start + row_begin_ + row, head_) = state.lse();
+        *stats_ptr<float>(p_.lse, batch_, q_start_ + row_begin_ + row, head_) = state.lse();
     });
     __syncwarp();  // a warp's rows are its own
     store_rows();
@@ -164,7 +165,7 @@ class ForwardTask {
     const int cols = min(static_cast<int>(p_.head_dim_v) - value_begin_, Config::kDimV);
     const int rows = min(band_.seqlen_q - row_begin_ - warp_row_, Config::kWarpRows);
     for (int row = lane_index() / kLanes; row < rows; row += cuda::kWarpThreads / kLanes) {
-      T* const to = row_ptr<T>(p_.out, batch_, sequence_.q_start + row_begin_ + warp_row_ + row, head_) + value_begin_;
+      T* const to = row_ptr<T>(p_.out, batch_, q_start_ + row_begin_ + warp_row_ + row, head_) + value_begin_;
       for (int col = lane_index() % kLanes * kChunk; col < cols; col += kLanes * kChunk)
         store_chunk(to + col, load_shared_16_bytes(memory_.o().address(warp_row_ + row, col)), cols - col);
     }
@@ -173,7 +174,7 @@ class ForwardTask {
   const ForwardCall& call_;
   const Problem& p_;
   const int batch_, head_, row_begin_, warp_row_, value_begin_;
-  const Sequence sequence_;
+  const int q_start_, k_start_;  // cu_seqlens are int32
   const cuda::DeviceBand band_;
   const KeyBlocks<int> blocks_;
   const Memory memory_;

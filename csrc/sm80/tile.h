@@ -241,12 +241,26 @@ struct GlobalRows {
         whole_vectors(whole_vectors_) {}
 };
 
-// Starts the copy of a tile by all threads of the block. Where rows are not aligned for it, copies at once.
+// Copies a tile by all threads of the block: starts it, or, where rows are not aligned for that, does it at once.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const GlobalRows<typename Tile::Element>& source) {
   using T = typename Tile::Element;
   constexpr int kLine = cuda::kSwizzleBytes / sizeof(T), kChunk = 16 / sizeof(T), kStep = kThreads / 8;
   const int first = threadIdx.x / 8, lane_col = threadIdx.x % 8 * kChunk;
+  if (!source.whole_vectors) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::kRows * Tile::kBlocks * 8; i += kThreads) {
+      const int row = i / 8 % Tile::kRows, col = i / 8 / Tile::kRows * kLine + lane_col;
+      const T* const from = source.data + row * source.stride + col;
+      T chunk[kChunk];
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) chunk[j] = row < source.rows && col + j < source.cols ? from[j] : T(0.0f);
+      uint4 bytes;
+      memcpy(&bytes, chunk, 16);
+      store_shared_16_bytes(tile.address(row, col), bytes);
+    }
+    return;
+  }
   const int64_t step = kStep * source.stride;
 #pragma unroll
   for (int block = 0; block < Tile::kBlocks; ++block) {
@@ -256,17 +270,7 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const GlobalRows<typ
     for (int i = 0; i < (Tile::kRows + kStep - 1) / kStep; ++i, from += step) {
       const int row = first + i * kStep, valid = row < source.rows ? valid_cols : 0;
       if (Tile::kRows % kStep != 0 && row >= Tile::kRows) break;
-      const uint32_t to = tile.address(row, col);
-      if (source.whole_vectors) {
-        copy_16_bytes(to, valid > 0 ? from : source.data, valid * static_cast<int>(sizeof(T)));
-      } else {
-        T chunk[kChunk];
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) chunk[j] = j < valid ? from[j] : T(0.0f);
-        uint4 bytes;
-        memcpy(&bytes, chunk, 16);
-        store_shared_16_bytes(to, bytes);
-      }
+      copy_16_bytes(tile.address(row, col), valid > 0 ? from : source.data, valid * static_cast<int>(sizeof(T)));
     }
   }
 }

@@ -1,0 +1,77 @@
+"""What only the emulator shows of the GPU kernels: races, and what tf32 does to products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, check
+from conftest import EMULATED, EXAMPLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hypothesis import problems
+
+from flash_attn_ext import _C
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="built without FAE_EMULATOR=1")
+
+CASES = (
+    Case(seqlen_q=140, seqlen_k=200, dtype=torch.bfloat16),
+    Case(seqlen_q=140, seqlen_k=200, window_right=0, head_dim=128, batch=1, dtype=torch.float16),
+    Case(bias="1hqk", sinks=True, dropout_p=0.3, window_left=20, dtype=torch.bfloat16),
+    Case(lengths_q=(100, 0, 33), lengths_k=(70, 12, 233), head_dim=96, dtype=torch.float16),
+    Case(head_dim=200, batch=1, heads=2, dtype=torch.bfloat16),
+    Case(head_dim=400, batch=1, heads=2),
+)
+
+
+@pytest.fixture(params=EMULATED or ["none"])
+def backend(request: pytest.FixtureRequest):
+    _C.set_backends([request.param])
+    yield request.param
+    _C.set_backends([])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_order_of_warps(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier that is missing shows when the warps of a block run in another order."""
+    inputs = case.make()
+    forward = case.run_ours(inputs)
+    monkeypatch.setenv("FAE_EMULATOR_ORDER", "backward")
+    backward = case.run_ours(inputs)
+    for name, expected in forward.items():
+        assert torch.equal(backward[name], expected), name
+
+
+def test_it_is_the_kernels_that_run(backend: str) -> None:
+    """Not the CPU's: they add up in another order."""
+    q, k, v = (torch.randn(1, 100, 2, 64) for _ in range(3))
+    options = [None] * 13
+    emulated = torch.ops.flash_attn_ext.forward(q, k, v, *options, 0.125, 0.0, 0.0, False)[0]
+    _C.set_backends(["cpu"])
+    assert not torch.equal(torch.ops.flash_attn_ext.forward(q, k, v, *options, 0.125, 0.0, 0.0, False)[0], emulated)
+
+
+def test_tf32_is_taken_where_it_is_allowed(backend: str) -> None:
+    """One tf32 product has 11 bits, three have those of float32."""
+    q, k, v = (torch.randn(1, 100, 2, 64) for _ in range(3))
+    options = [None] * 13
+
+    def error(allow_tf32: bool) -> float:
+        out, _ = torch.ops.flash_attn_ext.forward(q, k, v, *options, 0.125, 0.0, 0.0, allow_tf32)
+        exact = torch.softmax(
+            0.125 * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()), -1
+        ) @ v.double().transpose(1, 2)
+        return (out - exact.transpose(1, 2)).abs().max().item()
+
+    assert error(False) < 1e-6
+    assert 1e-5 < error(True) < 2e-3
+
+
+@settings(max_examples=max(EXAMPLES // 20, 1))
+@given(case=problems().filter(lambda case: case.dtype != torch.float64), backend=st.sampled_from(EMULATED or ("none",)))
+def test_drawn_problem(case: Case, backend: str) -> None:
+    _C.set_backends([backend])
+    try:
+        check(case)
+    finally:
+        _C.set_backends([])
