@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds, tests and sanitises on a machine with a GPU: bash tests/gpu.sh [OUTPUT_FOLDER]. Uses the active environment, which
+# needs torch with CUDA, cmake, ninja, pybind11, pytest, pytest-xdist and hypothesis; no network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-build/gpu}
+mkdir -p "$out"
+jobs=$(nproc)
+
+time python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
+python3 -m flash_attn_ext info
+
+# Processes share the GPU; a hang must not take the whole run with it.
+timeout 300 python3 -m pytest -q -m "gpu and not slow" -n "$((jobs < 12 ? jobs : 12))" tests > "$out/tests.log" 2>&1
+status=$?
+tail -n 25 "$out/tests.log"
+
+# What reaches every kernel: all features and head dims of one dtype, packed sequences, odd strides.
+reduced=(tests/test_attention.py -k "cuda-bf16 and (test_feature or test_head_dim)")
+for tool in memcheck initcheck synccheck racecheck; do
+  timeout 150 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+    python3 -m pytest -q -p no:xdist "${reduced[@]}" > "$out/$tool.log" 2>&1
+  code=$?
+  echo "$tool: exit $code; $(grep -h "ERROR SUMMARY\|RACECHECK SUMMARY" "$out/$tool.log" | tail -n 1)"
+  [ "$code" = 0 ] || status=1
+done
+exit "$status"

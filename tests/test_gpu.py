@@ -1,0 +1,161 @@
+"""What only a GPU can show: streams, graphs, addresses beyond 32 bits, the same bits under load, the CPU's dropout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Case, check
+
+import flash_attn_ext
+from flash_attn_ext import attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+CASES = (
+    Case(seqlen_q=700, seqlen_k=900, head_dim=64, dtype=torch.bfloat16),
+    Case(seqlen_q=700, seqlen_k=700, head_dim=128, window_right=0, dtype=torch.float16, heads=8, heads_kv=2),
+    Case(seqlen_q=300, seqlen_k=500, head_dim=64, bias="1hqk", sinks=True, dropout_p=0.2, dtype=torch.bfloat16),
+    Case(lengths_q=(500, 0, 33, 257), lengths_k=(700, 12, 333, 257), head_dim=96, dtype=torch.bfloat16, window_right=0),
+    Case(seqlen_q=200, seqlen_k=300, head_dim=256, dtype=torch.float16),
+    Case(seqlen_q=200, seqlen_k=300, head_dim=64, dtype=torch.float32),
+)
+
+
+def random_qkv(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+
+
+def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    out = attention(q, k, v, causal=True)
+    return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("load", [False, True], ids=["alone", "under load"])
+def test_the_same_bits_in_1000_runs(case: Case, load: bool) -> None:
+    inputs = case.make("cuda")
+    first = case.run_ours(inputs)
+    busy, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    for run in range(500):
+        if load and run % 10 == 0:
+            with torch.cuda.stream(other):
+                busy = torch.tanh(busy @ busy)
+        for name, got in case.run_ours(inputs).items():
+            assert torch.equal(got, first[name]), f"{name} in run {run}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_drops_what_the_cpu_drops(dtype: torch.dtype) -> None:
+    """With v = the identity, out shows every probability: zeros are what was dropped."""
+    rows, keys = 200, 256
+    rng_state = torch.tensor([1234567890123, 42])
+
+    def dropped(device: str) -> torch.Tensor:
+        q = torch.zeros(2, rows, 3, 16, device=device, dtype=dtype)
+        k = torch.zeros(2, keys, 3, 16, device=device, dtype=dtype)
+        v = torch.eye(keys, device=device, dtype=dtype)[None, :, None].expand(2, -1, 3, -1)
+        options = [None] * 8
+        out, _ = torch.ops.flash_attn_ext.forward(
+            q, k, v, *options, rng_state.to(device), *[None] * 4, 0.25, 0.0, 0.3, False
+        )
+        return (out == 0).cpu()
+
+    assert torch.equal(dropped("cuda"), dropped("cpu"))
+    assert 0.25 < dropped("cuda").double().mean() < 0.35
+
+
+def test_current_stream() -> None:
+    """Inputs that another stream is still computing are waited for by that stream alone."""
+    q, k, v = (t.detach() for t in random_qkv(2, 1000, 8, 64))
+    expected = attention(q, k, v)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = attention(late, k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_cuda_graph_captures_forward_and_backward() -> None:
+    q, k, v = random_qkv(2, 300, 4, 64)
+    dout = torch.randn_like(q)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(q, k, v, dout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(q, k, v, dout)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for t in (q, k, v, dout):
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for got, expected in zip(captured, step(q, k, v, dout), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_compiled_with_dynamic_shapes() -> None:
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for rows in (100, 177, 256):
+        q, k, v = random_qkv(1, rows, 4, 64)
+        dout = torch.randn_like(q)
+        for got, expected in zip(compiled(q, k, v, dout), step(q, k, v, dout), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_strides_beyond_32_bits() -> None:
+    """Heads of a batch that lie more than 2^31 elements apart."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    storage = torch.empty(5 << 30, device="cuda", dtype=torch.bfloat16)
+    shape, stride = (2, 150, 2, 64), ((5 << 30) - (1 << 22), 128, 64, 1)
+    small = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    large = []
+    for i, t in enumerate(small):
+        view = storage.as_strided(shape, stride, i << 20)
+        view.copy_(t)
+        large.append(view.requires_grad_())
+    leaves = [t.requires_grad_() for t in small]
+    dout = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    for got, expected in zip(step(*large, dout), step(*leaves, dout), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_garbage_lengths_reach_nothing_outside() -> None:
+    """cu_seqlens and seqused of any content neither crash nor hang; compute-sanitizer shows that nothing leaks out."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = random_qkv(500, 4, 64)
+    for _ in range(30):
+        starts = [torch.randint(-600, 1200, (9,), generator=generator, dtype=torch.int32).cuda() for _ in range(2)]
+        used = [torch.randint(-50, 300, (8,), generator=generator, dtype=torch.int32).cuda() for _ in range(2)]
+        out = flash_attn_ext.attention_varlen(q, k, v, *starts, seqused_q=used[0], seqused_k=used[1], causal=True)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    torch.cuda.synchronize()
+    check(Case(dtype=torch.bfloat16), "cuda")
+
+
+def test_float32_has_the_accuracy_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless torch is told that tf32 will do."""
+    q, k, v = (t.detach() for t in random_qkv(2, 400, 4, 64, dtype=torch.float32))
+
+    def error() -> float:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(64)
+        exact = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+        return (attention(q, k, v) - exact).abs().max().item()
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert error() < 2e-6
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert 1e-5 < error() < 5e-3
+    torch.backends.cuda.matmul.allow_tf32 = False
