@@ -46,6 +46,7 @@ settings.load_profile("problems")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "cpu: float64, which runs on the CPU only")
     config.addinivalue_line("markers", "large: takes the emulator minutes, and is left out there")
 
 
@@ -64,8 +65,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     with_dtype = "dtype" in metafunc.fixturenames
     parameters = []
-    emulated = () if metafunc.definition.get_closest_marker("large") else EMULATED
-    for place in (*(f"cpu-{level}" for level in CPU_LEVELS), "cuda", *emulated):
+    marked = metafunc.definition.get_closest_marker
+    gpus = () if marked("cpu") else ("cuda",) if marked("large") else ("cuda", *EMULATED)
+    for place in (*(f"cpu-{level}" for level in CPU_LEVELS), *gpus):
         marks = [pytest.mark.gpu] if place == "cuda" else []
         if not with_dtype:
             parameters.append(pytest.param(place, id=place, marks=marks))

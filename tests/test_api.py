@@ -195,7 +195,7 @@ def test_second_derivatives_are_refused(function: str) -> None:
 
 def test_raw_ops_train_too() -> None:
     q, k, v = qkv(requires_grad=True)
-    out, lse = RAW.forward(q, k, v, *[None] * 12, 0, 0.3, 0.0, 0.0)
+    out, lse = RAW.forward(q, k, v, *[None] * 12, 0, 0.3, 0.0, 0.0, False)
     expected = reference.attention(q, k, v, causal=True, softmax_scale=0.3, return_lse=True)
     torch.testing.assert_close((out, lse), expected, **CLOSE)
     pairs = (out, lse), expected
@@ -340,7 +340,7 @@ def test_vmap_of_merge_and_softmax() -> None:
 def test_vmap_of_the_raw_ops() -> None:
     q, k, v = qkv()
     queries = torch.stack([q, -q])
-    call = lambda q: RAW.forward(q, k, v, *[None] * 13, 0.3, 0.0, 0.0)[0]  # noqa: E731
+    call = lambda q: RAW.forward(q, k, v, *[None] * 13, 0.3, 0.0, 0.0, False)[0]  # noqa: E731
     torch.testing.assert_close(torch.vmap(call)(queries), torch.stack([call(q), call(-q)]), **CLOSE)
 
 

@@ -41,6 +41,7 @@ NO_OPTIONS: dict[str, Any] = {
     "softmax_scale": 0.3,
     "softcap": 0.0,
     "dropout_p": 0.0,
+    "allow_tf32": False,
 }
 DENSE = (normal(2, 7, 4, 8, seed=1), normal(2, 9, 2, 8, seed=2), normal(2, 9, 2, 5, seed=3))
 PACKED = (normal(12, 4, 8, seed=1), normal(15, 2, 8, seed=2), normal(15, 2, 5, seed=3))
