@@ -255,6 +255,33 @@ def test_run_writes_what_the_tables_show(tmp_path: Path) -> None:
     assert ratio == pytest.approx(ours / theirs)
 
 
+@pytest.mark.usefixtures("tiny_suites", "flash_attention_packages")
+def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
+    names = "flash_attn_ext,sdpa_cudnn,softmax,fa2,fa2_deterministic"
+    files = run_tiny(tmp_path, "--suite", "prefill,memory", "--candidates", names)
+    (record,) = files["prefill"]["records"]
+    assert set(record["candidates"]["fa2_deterministic"]) == {"error", "backward"}
+    assert "unsupported" in record["candidates"]["sdpa_cudnn"]
+    for peer, gflops in {"softmax": 10e3, "fa2": 30e3, "fa2_deterministic": 20e3, "flash_attn_ext": 60e3}.items():
+        for direction in suites.DIRECTIONS:
+            record["candidates"][peer].setdefault(direction, {})["gflops"] = gflops
+    del record["candidates"]["fa2_deterministic"]["forward"]
+    (path,) = tmp_path.glob("*/prefill.json")
+    path.write_text(json.dumps(files["prefill"]))
+    cells = "60 | 30 FA2 | 2.00x"
+    assert f"| float32 | {cells} | {cells} | 20 FA2 deterministic | 3.00x |" in tables.gpu_speed(tmp_path)
+    assert "| prefill | float32 | 1 | 2.00x | 2.00x | 2.00x | 2.00x | 3.00x | 3.00x |" in tables.gpu_speedup(tmp_path)
+    assert "SDPA cuDNN" not in tables.gpu_error(tmp_path)
+
+    pytest.importorskip("matplotlib")
+    import plot
+
+    assert set(plot.COLOURS) == set(tables.TITLES) == set(candidates.CANDIDATES)
+    plot.main(tmp_path, tmp_path / "plots")
+    drawn = {f"docs/plots/{image.name}" for image in tmp_path.glob("plots/*.png")}
+    assert all(link.split("(")[-1].rstrip(")") in drawn for link in tables.plots(tmp_path).split("\n\n"))
+
+
 @pytest.mark.usefixtures("tiny_suites")
 def test_run_continues_and_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--suite", "attention", "--dtypes", "float32")
