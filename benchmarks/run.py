@@ -95,12 +95,12 @@ class ResultFile:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line per record: medians in ms, or extra MiB in the memory suite; ours first."""
+    """One line per record: medians in ms, or extra MiB in the memory suite, of those who computed it; ours first."""
     columns = []
     for name, result in record["candidates"].items():
         if "unsupported" in result:
-            text = "-"
-        elif "extra_mib" in result:
+            continue
+        if "extra_mib" in result:
             text = f"{result['extra_mib']:.1f} MiB"
         else:
             text = " + ".join(f"{result[d]['ms'][1]:.3g}" for d in ("forward", "backward") if d in result) + " ms"
