@@ -1,5 +1,6 @@
 """Where and with what a measurement was made: written into every result file."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -44,6 +45,53 @@ def git(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def nvidia_smi(query: str) -> list[str]:
+    """Command that asks for values of the GPU in use."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+
+
+def driver() -> str:
+    try:
+        return subprocess.run(nvidia_smi("driver_version"), capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class GPUState:
+    """Clock and power while the GPU goes on working: asks when made, and reads the answer later."""
+
+    def __init__(self) -> None:
+        try:
+            command = nvidia_smi("clocks.sm,power.draw")
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            self._process = None
+
+    def read(self) -> dict[str, float]:
+        """Empty where the system does not tell."""
+        if self._process is None:
+            return {}
+        try:
+            answer, _ = self._process.communicate(timeout=10)
+            clock, power = answer.split(",")
+            return {"sm_mhz": float(clock), "power_w": float(power)}
+        except (subprocess.TimeoutExpired, ValueError):
+            self._process.kill()
+            return {}
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages whose kernels or compilers take part, as far as they are installed."""
+    versions = {}
+    for package in ("triton", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def environment(device: str) -> dict[str, str | int]:
     build = _C.build_info()
     described: dict[str, str | int] = {
@@ -59,7 +107,10 @@ def environment(device: str) -> dict[str, str | int]:
     }
     if device == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
+        described["driver"] = driver()
         described["cuda"] = torch.version.cuda or ""
+        described["cudnn"] = torch.backends.cudnn.version() or ""
+        described |= package_versions()
     return described
 
 

@@ -12,10 +12,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from tables import DIRECTIONS, RESULTS, ROOT, TITLES, gflops, groups, load, machine_name, measured
+from tables import DIRECTIONS, OURS, RESULTS, ROOT, gflops, groups, load, machine_name, measured
 
 PLOTS = ROOT / "docs" / "plots"
-COLOURS = dict(zip(TITLES, ("#d1495b", "#30638e", "#8fb8de", "#a7a7a7"), strict=True))
+COLOURS = {
+    "flash_attn_ext": "#d1495b",
+    "sdpa_flash": "#30638e",
+    "sdpa_cudnn": "#2a9d8f",
+    "sdpa_efficient": "#7b6fb0",
+    "sdpa_math": "#8fb8de",
+    "torch_varlen": "#1b4965",
+    "flex_attention": "#e9a23b",
+    "softmax": "#a7a7a7",
+    "fa2": "#6a994e",
+    "fa2_deterministic": "#a7c957",
+    "fa3": "#386641",
+    "fa3_deterministic": "#84a98c",
+    "fa4": "#9c6644",
+    "fa4_deterministic": "#ddb892",
+    "xformers": "#5c5c5c",
+}
 Record = dict[str, Any]
 
 
@@ -51,6 +67,33 @@ def draw_speed(environment: Record, records: list[Record], path: Path) -> None:
     save(figure, path)
 
 
+def draw_gpu_speed(environment: Record, records: list[Record], path: Path) -> None:
+    """TFLOP/s against sequence length: a column per head dimension and mask, forward above backward."""
+    panels: dict[tuple[int, bool], list[Record]] = {}
+    for record in records:
+        panels.setdefault((record["case"]["head_dim"], record["case"]["causal"]), []).append(record)
+    columns = sorted(panels)
+    size = (3.4 * len(columns) + 2, 6.5)
+    figure, grid = plt.subplots(2, len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained")
+    for line, direction in zip(grid, DIRECTIONS, strict=True):
+        for axes, key in zip(line, columns, strict=True):
+            for candidate, title in measured(records).items():
+                found = [(r["case"]["seqlen_k"], gflops(r, candidate, direction)) for r in panels[key]]
+                points = sorted((seqlen, speed / 1e3) for seqlen, speed in found if speed is not None)
+                ours = {"linewidth": 2.5, "zorder": 3} if candidate == OURS else {}
+                axes.plot(*(zip(*points, strict=True) if points else ([], [])), "o-", markersize=3, label=title)
+                axes.lines[-1].set(color=COLOURS[candidate], **ours)
+            seqlens = sorted(record["case"]["seqlen_k"] for record in panels[key])
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(seqlens, map(str, seqlens), fontsize=7)
+            axes.set_title(f"{direction}, D {key[0]}, {'causal' if key[1] else 'full'}", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("TFLOP/s")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(f"{machine_name(environment)}, {records[0]['case']['dtype']}")
+    save(figure, path)
+
+
 def draw_memory(environment: Record, records: list[Record], path: Path) -> None:
     """Extra peak memory against sequence length, most threads, one panel per dtype."""
     most = max(record["threads"] for record in records)
@@ -65,7 +108,8 @@ def draw_memory(environment: Record, records: list[Record], path: Path) -> None:
         seqlens = [record["case"]["seqlen_k"] for record in group]
         axes.set_xticks(seqlens, map(str, seqlens))
         axes.minorticks_off()
-        axes.set(title=f"{dtype}, {most} threads", xlabel="sequence length", ylabel="MiB beyond inputs and results")
+        title = dtype if "gpu" in environment else f"{dtype}, {most} threads"
+        axes.set(title=title, xlabel="sequence length", ylabel="MiB beyond inputs and results")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"Peak memory of forward + backward, {machine_name(environment)}")
@@ -78,9 +122,10 @@ def draw_error(environment: Record, records: list[Record], path: Path) -> None:
     tensors = ("out", "dq", "dk", "dv")
     figure, grid = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4), squeeze=False, layout="constrained")
     for axes, dtype in zip(grid[0], dtypes, strict=True):
+        shift = min(0.15, 0.6 / len(measured(records)))
         for index, (candidate, title) in enumerate(measured(records).items()):
             errors = [r["candidates"].get(candidate, {}).get("error") for r in records if r["case"]["dtype"] == dtype]
-            points = [(place + 0.15 * index, e[name]) for e in errors if e for place, name in enumerate(tensors)]
+            points = [(place + shift * index, e[name]) for e in errors if e for place, name in enumerate(tensors)]
             if points:
                 axes.plot(
                     *zip(*points, strict=True), "o", markersize=4, alpha=0.6, label=title, color=COLOURS[candidate]
@@ -106,6 +151,8 @@ def main(results: Path = RESULTS, output: Path = PLOTS) -> int:
         ("attention", "speed", draw_speed),
         ("memory", "memory", draw_memory),
         ("attention", "error", draw_error),
+        ("prefill", "speed", draw_gpu_speed),
+        ("prefill", "error", draw_error),
     ):
         for environment, records, path in load(results, suite):
             draw(environment, records, output / f"{path.parent.name}-{name}.png")

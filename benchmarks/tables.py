@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from suites import DIRECTIONS, GPU_SUITES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -21,8 +23,26 @@ MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EMPTY = "Nothing was measured yet."
 OURS = "flash_attn_ext"
 TORCH = "sdpa_flash"
-TITLES = {OURS: "ours", TORCH: "SDPA flash", "sdpa_math": "SDPA math", "softmax": "softmax"}
-DIRECTIONS = ("forward", "backward")
+TITLES = {
+    OURS: "ours",
+    TORCH: "SDPA flash",
+    "sdpa_cudnn": "SDPA cuDNN",
+    "sdpa_efficient": "SDPA efficient",
+    "sdpa_math": "SDPA math",
+    "torch_varlen": "torch varlen",
+    "flex_attention": "FlexAttention",
+    "softmax": "softmax",
+    "fa2": "FA2",
+    "fa2_deterministic": "FA2 deterministic",
+    "fa3": "FA3",
+    "fa3_deterministic": "FA3 deterministic",
+    "fa4": "FA4",
+    "fa4_deterministic": "FA4 deterministic",
+    "xformers": "xformers",
+}
+PEERS = [name for name in TITLES if name != OURS]
+DETERMINISTIC = [name for name in PEERS if name.endswith("_deterministic")]  # in the backward, as ours is
+GPU_TIMED = [name for name, suite in GPU_SUITES.items() if not suite.measures_memory]
 Record = dict[str, Any]
 
 
@@ -61,11 +81,16 @@ def gflops(record: Record, candidate: str, direction: str) -> float | None:
     return None if found is None else float(found["gflops"])
 
 
+def best_of(record: Record, peers: list[str], direction: str) -> tuple[float, str] | None:
+    """GFLOP/s and name of the fastest of the peers that measured this record."""
+    speeds = [(speed, peer) for peer in peers if (speed := gflops(record, peer, direction)) is not None]
+    return max(speeds, default=None)
+
+
 def ratio_to(record: Record, peers: list[str], direction: str) -> float | None:
     """Our speed over the best of the peers' that measured this record."""
-    ours = gflops(record, OURS, direction)
-    speeds = [speed for peer in peers if (speed := gflops(record, peer, direction)) is not None]
-    return ours / max(speeds) if ours is not None and speeds else None
+    ours, best = gflops(record, OURS, direction), best_of(record, peers, direction)
+    return ours / best[0] if ours is not None and best else None
 
 
 def ratios(records: list[Record], peers: list[str], direction: str) -> list[float]:
@@ -84,8 +109,13 @@ def groups(records: list[Record]) -> Iterator[tuple[str, int, list[Record]]]:
 
 
 def measured(records: list[Record]) -> dict[str, str]:
-    """Candidates that took part in any of the records, with their titles."""
-    return {name: title for name, title in TITLES.items() if any(name in record["candidates"] for record in records)}
+    """Candidates that computed any of the records, with their titles."""
+    entries = [record["candidates"] for record in records]
+    return {
+        name: title
+        for name, title in TITLES.items()
+        if any(name in entry and "unsupported" not in entry[name] for entry in entries)
+    }
 
 
 def times(value: float) -> str:
@@ -101,7 +131,7 @@ def speedup(results: Path) -> str:
             row = [dtype, str(threads)]
             for direction in DIRECTIONS:
                 torch_ratios = ratios(group, [TORCH], direction)
-                best_ratios = ratios(group, [peer for peer in TITLES if peer != OURS], direction)
+                best_ratios = ratios(group, PEERS, direction)
                 row += [times(geometric_mean(torch_ratios)), times(min(best_ratios))]
             rows.append(row)
         header = ["dtype", "threads", "forward, mean", "forward, least", "backward, mean", "backward, least"]
@@ -151,40 +181,101 @@ def memory(results: Path) -> str:
         titles, rows = measured(records), []
         for record in records:
             entries = [record["candidates"].get(candidate, {}).get("extra_mib") for candidate in titles]
-            row = [record["name"], record["case"]["dtype"], str(record["threads"])]
-            rows.append(row + [cell(entry) for entry in entries])
+            threads = "-" if "gpu" in environment else str(record["threads"])
+            rows.append([record["name"], record["case"]["dtype"], threads, *(cell(entry) for entry in entries)])
         blocks.append(heading(environment) + "\n\n" + table(["case", "dtype", "threads", *titles.values()], rows))
     return "\n\n".join(blocks)
 
 
+def error_table(records: list[Record]) -> str:
+    tensors = ("out", "dq", "dk", "dv")
+    rows = []
+    for dtype in dict.fromkeys(record["case"]["dtype"] for record in records):
+        for candidate, title in measured(records).items():
+            found = [r["candidates"].get(candidate, {}).get("error") for r in records if r["case"]["dtype"] == dtype]
+            worst = [max(e[name] for e in found if e) for name in tensors] if any(found) else []
+            rows.append([dtype, title, *(f"{value:.1e}" for value in worst)])
+    return table(["dtype", "candidate", *tensors], rows)
+
+
 def error(results: Path) -> str:
     """Largest error against float64 over all cases, per dtype and tensor."""
-    tensors = ("out", "dq", "dk", "dv")
-    blocks = []
-    for environment, records, _ in load(results, "attention"):
-        rows = []
-        for dtype in dict.fromkeys(record["case"]["dtype"] for record in records):
-            for candidate, title in measured(records).items():
-                found = [
-                    r["candidates"].get(candidate, {}).get("error") for r in records if r["case"]["dtype"] == dtype
-                ]
-                worst = [max(e[name] for e in found if e) for name in tensors] if any(found) else []
-                rows.append([dtype, title, *(f"{value:.1e}" for value in worst)])
-        blocks.append(heading(environment) + "\n\n" + table(["dtype", "candidate", *tensors], rows))
+    blocks = [
+        f"{heading(environment)}\n\n{error_table(records)}" for environment, records, _ in load(results, "attention")
+    ]
     return "\n\n".join(blocks)
+
+
+def gpu_files(results: Path) -> Iterator[tuple[str, Record, list[Record]]]:
+    """(suite, environment, records) of everything that was timed on a GPU."""
+    for suite in GPU_TIMED:
+        for environment, records, _ in load(results, suite):
+            if records:
+                yield suite, environment, records
+
+
+def mean_and_least(records: list[Record], peers: list[str], direction: str) -> list[str]:
+    found = ratios(records, peers, direction)
+    return [times(geometric_mean(found)), times(min(found))] if found else ["-", "-"]
+
+
+def gpu_speedup(results: Path) -> str:
+    """Per GPU, suite and dtype: our speed over the best peer's of each case."""
+    rows: dict[str, list[list[str]]] = {}
+    for suite, environment, records in gpu_files(results):
+        for dtype, _, group in groups(records):
+            row = [suite, dtype, str(len(group))]
+            for peers, direction in ((PEERS, "forward"), (PEERS, "backward"), (DETERMINISTIC, "backward")):
+                row += mean_and_least(group, peers, direction)
+            rows.setdefault(heading(environment), []).append(row)
+    ways = ("forward", "backward", "backward, deterministic peers")
+    header = ["suite", "dtype", "cases", *(f"{way}, {what}" for way in ways for what in ("mean", "least"))]
+    return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, lines in rows.items())
+
+
+def against_best(record: Record, peers: list[str], direction: str) -> list[str]:
+    """TFLOP/s and name of the best of the peers, and our speed over theirs."""
+    best, ratio = best_of(record, peers, direction), ratio_to(record, peers, direction)
+    return [f"{best[0] / 1e3:.0f} {TITLES[best[1]]}" if best else "-", times(ratio) if ratio else "-"]
+
+
+def gpu_speed(results: Path) -> str:
+    """Every case on a GPU: TFLOP/s of ours and of the best peer; a deterministic one again for the backward."""
+    blocks = []
+    header = ["case", "dtype", "fwd ours", "fwd best", "", "bwd ours", "bwd best", "", "bwd best deterministic", ""]
+    for suite, environment, records in gpu_files(results):
+        rows = []
+        for record in records:
+            row = [record["name"], record["case"]["dtype"]]
+            for direction in DIRECTIONS:
+                ours = gflops(record, OURS, direction)
+                row += [cell(ours and ours / 1e3), *against_best(record, PEERS, direction)]
+            rows.append(row + against_best(record, DETERMINISTIC, "backward"))
+        blocks.append(f"{suite}, {heading(environment)[:-1]}, TFLOP/s:\n\n{table(header, rows)}")
+    return "\n\n".join(blocks)
+
+
+def gpu_error(results: Path) -> str:
+    """Largest error against float64 over all cases on a GPU, per dtype and tensor."""
+    found: dict[str, list[Record]] = {}
+    for _, environment, records in gpu_files(results):
+        found.setdefault(heading(environment), []).extend(records)
+    return "\n\n".join(f"{title}\n\n{error_table(records)}" for title, records in found.items())
 
 
 def plots(results: Path) -> str:
     """The plots that plot.py drew for each machine."""
     links = []
-    for environment, _, path in load(results, "attention"):
-        for kind in ("speed", "memory"):
-            links.append(f"![{kind} on {machine_name(environment)}](docs/plots/{path.parent.name}-{kind}.png)")
+    for suite in ("prefill", "attention"):
+        for environment, _, path in load(results, suite):
+            for kind in ("speed", "memory"):
+                if kind == "speed" or (path.parent / "memory.json").exists():
+                    links.append(f"![{kind} on {machine_name(environment)}](docs/plots/{path.parent.name}-{kind}.png)")
     return "\n\n".join(links)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    made.__name__: made for made in (speedup, speed, one_token, memory, error, plots)
+    made.__name__: made for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, plots)
 }
 
 
