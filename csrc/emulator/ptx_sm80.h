@@ -63,11 +63,11 @@ inline void store_shared_16_bytes(uint32_t address, const uint4& x) {
   std::memcpy(emulator::shared_bytes(address, 16), &x, 16);
 }
 
-inline void copy_16_bytes(uint32_t address, const void* global, int valid) {
-  emulator::copy_later(address, global, 16, valid);
+inline void copy_16_bytes(uint32_t address, const void* global, bool valid) {
+  emulator::copy_later(address, global, 16, valid ? 16 : 0);
 }
-inline void copy_4_bytes(uint32_t address, const void* global, int valid) {
-  emulator::copy_later(address, global, 4, valid);
+inline void copy_4_bytes(uint32_t address, const void* global, bool valid) {
+  emulator::copy_later(address, global, 4, valid ? 4 : 0);
 }
 inline void commit_copies() { emulator::close_copy_group(); }
 template <int kLeft>

@@ -146,7 +146,8 @@ class BackwardTask {
       copy_rows<Config::kThreads>(memory_.dout(stage), GlobalRows<T>(p_.dout, batch_, row, step.head, rows,
                                                                      p_.head_dim_v, 0, call_.dout_whole_vectors));
       if (const int i = static_cast<int>(threadIdx.x); i < Config::kRows) {
-        const int valid = i < rows ? 4 : 0, from = i < rows ? i : 0;
+        const bool valid = i < rows;
+        const int from = valid ? i : 0;
         copy_4_bytes(memory_.lse(stage) + i * 4, stats_ptr<float>(p_.lse, batch_, row + from, step.head), valid);
         copy_4_bytes(memory_.delta(stage) + i * 4, stats_ptr<float>(p_.delta, batch_, row + from, step.head), valid);
       }
@@ -170,19 +171,20 @@ class BackwardTask {
     if (QueryPlace::exists()) {
       QueryGradient dq;
       dq.fill(0);
-      multiply_operands<Config::kKeys>(dq, StraightOperand<typename Memory::P>(memory_.ds(), QueryPlace().row),
-                                       TransposedOperand<typename Memory::K>(memory_.k(), QueryPlace().col));  // dS K
+      multiply_operands<Config::kKeys>(
+          dq, StraightOperand<typename Memory::P, Side::left>(memory_.ds(), QueryPlace().row),
+          TransposedOperand<typename Memory::K, Side::right>(memory_.k(), QueryPlace().col));  // dS K
       add_to_dq(dq, step, turn);
     }
     to_pass_ = turn.rank + 1 < turn.visitors ? turn.done : nullptr;
     passed_ = turn.rank;
     if (KeyPlace::exists()) {
       multiply_operands<Config::kRows>(
-          dv_, TransposedOperand<typename Memory::P>(memory_.p(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q>(memory_.dout(stage), KeyPlace().col));  // P^T dO
+          dv_, TransposedOperand<typename Memory::P, Side::left>(memory_.p(), KeyPlace().row),
+          TransposedOperand<typename Memory::Q, Side::right>(memory_.dout(stage), KeyPlace().col));  // P^T dO
       multiply_operands<Config::kRows>(
-          dk_, TransposedOperand<typename Memory::P>(memory_.ds(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q>(memory_.q(stage), KeyPlace().col));  // dS^T Q
+          dk_, TransposedOperand<typename Memory::P, Side::left>(memory_.ds(), KeyPlace().row),
+          TransposedOperand<typename Memory::Q, Side::right>(memory_.q(stage), KeyPlace().col));  // dS^T Q
     }
     if constexpr (Config::kStages == 1) {
       __syncthreads();
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
       reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kTicket);
   if (threadIdx.x == 0) *ticket = atomicAdd(call.ticket, 1ull);
   __syncthreads();
-  const Tile tile = call.key_blocks[static_cast<int64_t>(*ticket)];
+  const Tile tile = call.key_blocks[static_cast<uint32_t>(*ticket)];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
   BackwardTask<T, Config, kGeneral>(call, tile, sequence).run();
@@ -346,7 +348,7 @@ struct BackwardSpace {
 
   BackwardSpace(const BackwardProblem& p, void* base) {
     const bool packed = p.cu_seqlens_q != nullptr;
-    const PackedBlocks blocks{p.cu_seqlens_q, p.batch, p.total_q, Config::kRows};
+    const PackedBlocks blocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows);
     query_blocks = packed ? blocks.size() : ceil_div(p.max_seqlen_q, Config::kRows);
     heads = packed ? p.heads : p.batch * p.heads;
     const int64_t rows = packed ? p.total_q : p.max_seqlen_q;
@@ -388,20 +390,19 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group = std::max<int64_t>(1, ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
-  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
+  schedule.group_pairs(ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
                           schedule,
-                          {p.cu_seqlens_q, p.batch, p.total_q, Config::kRows},
+                          PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
                           space.query_blocks,
                           reinterpret_cast<unsigned long long*>(space.counters),
                           space.counters + 2,
                           space.dq_partial,
-                          whole(p.q),
-                          whole(p.k),
-                          whole(p.v),
-                          whole(p.dout),
+                          whole_vectors<T>(p.q, p.head_dim),
+                          whole_vectors<T>(p.k, p.head_dim),
+                          whole_vectors<T>(p.v, p.head_dim_v),
+                          whole_vectors<T>(p.dout, p.head_dim_v),
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);

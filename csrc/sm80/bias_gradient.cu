@@ -88,7 +88,7 @@ __device__ void load_operands(const BiasCall<Config>& call, const ScoreOperands<
   copy(to.k, p.k, s.k_start + key, head_kv, keys, p.head_dim, call.k_whole_vectors);
   copy(to.v, p.v, s.k_start + key, head_kv, keys, p.head_dim_v, call.v_whole_vectors);
   if (const int i = static_cast<int>(threadIdx.x); i < Config::kRows) {
-    const int valid = i < rows ? 4 : 0;
+    const bool valid = i < rows;
     const int64_t from = s.q_start + row + (i < rows ? i : 0);
     copy_4_bytes(to.lse + i * 4, stats_ptr<float>(p.lse, batch, from, head), valid);
     copy_4_bytes(to.delta + i * 4, stats_ptr<float>(p.delta, batch, from, head), valid);
@@ -182,14 +182,13 @@ using Config = BackwardConfig<T, FAE_HEAD_DIM>;
 template <class T>
 void run(const BackwardProblem& p, void* workspace, void* stream) {
   using C = Config<T>;
-  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
   const BiasCall<C> call{p,
                          BiasTiles<C>(p),
                          static_cast<double*>(workspace),
-                         whole(p.q),
-                         whole(p.k),
-                         whole(p.v),
-                         whole(p.dout),
+                         whole_vectors<T>(p.q, p.head_dim),
+                         whole_vectors<T>(p.k, p.head_dim),
+                         whole_vectors<T>(p.v, p.head_dim_v),
+                         whole_vectors<T>(p.dout, p.head_dim_v),
                          precision_of(p)};
   cuda::launch("sm80 bias gradient", bias_gradient_kernel<T, C>,
                cuda::Grid{call.tiles.tiles * call.tiles.splits, C::kThreads, BiasMemory<T, C>::kBytes}, stream, call);

@@ -8,21 +8,23 @@ namespace fae::sm80 {
 
 // kDim: columns of Q and K in shared memory. kDimV: columns of V and O per thread block; where there are more, several
 // blocks share a task and each computes the scores anew.
-template <int kRows_, int kKeys_, int kWarps_, int kDim_, int kDimV_ = kDim_, int kStages_ = 2>
+template <int kRows_, int kKeys_, int kWarps_, int kDim_, int kDimV_ = kDim_, int kStages_ = 2,
+          bool kQueryInRegisters_ = false>
 struct ForwardTile {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kWarps = kWarps_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStages = kStages_;  // blocks of K and V in shared memory
+  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kThreads = kWarps * cuda::kWarpThreads, kWarpRows = kRows / kWarps;
 };
 
-// 32 rows per warp, so that a fragment of K or V serves two products, where O then leaves registers for the rest (at
-// 128 columns it spills); shared memory within the 99 KB of the smaller GPUs (8.6, 8.9, 12.0).
+// 32 rows per warp, so that a fragment of K or V serves two products; 32 keys where O takes half of the registers;
+// shared memory within the 99 KB of the smaller GPUs (8.6, 8.9, 12.0).
 template <class T, int kHeadDim>
 struct ForwardConfig;
 template <class T>
-struct ForwardConfig<T, 64> : ForwardTile<128, 64, 4, 64> {};
+struct ForwardConfig<T, 64> : ForwardTile<128, 64, 4, 64, 64, 2, true> {};
 template <class T>
-struct ForwardConfig<T, 128> : ForwardTile<128, 64, 8, 128> {};
+struct ForwardConfig<T, 128> : ForwardTile<128, 32, 4, 128> {};
 template <class T>
 struct ForwardConfig<T, 192> : ForwardTile<64, 32, 4, 192> {};
 template <class T>

@@ -106,10 +106,10 @@ class Recompute {
                                                 const typename Operands::Keys& keys, const Warps& warp,
                                                 Scores& c) const {
     c.fill(0);
-    const StraightOperand<typename Operands::Rows> left(rows, warp.row);
+    const StraightOperand<typename Operands::Rows, Side::left> left(rows, warp.row);
     multiply<Config::kDim / kStepDepth<T>>(
-        c, [&](int m, int k) { return left.left(m, k); }, StraightOperand<typename Operands::Keys>(keys, warp.col),
-        precision_);
+        c, [&](int m, int k) { return left.left(m, k); },
+        StraightOperand<typename Operands::Keys, Side::right>(keys, warp.col), precision_);
   }
 
   const BackwardProblem& p_;
