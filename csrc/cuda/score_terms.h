@@ -22,17 +22,15 @@ FAE_INLINE bool plain_scores(const Problem& p) {
   return !p.general_scores() && static_cast<float>(p.softmax_scale) > 0;
 }
 
-// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins.
-template <int M, int N>
-__device__ __forceinline__ void mask_band(Accumulator<M, N>& s, const DeviceBand& band, int row0, int col0) {
-  s.for_each_row([&](int m, int half) {
-    const int row = row0 + s.row(m, half), lo = band.lo(row) - col0, size = band.hi(row) - col0 - lo;
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<unsigned>(s.col(n, e) - lo) >= static_cast<unsigned>(size > 0 ? size : 0))
-          s.at(m, half, n, e) = minus_infinity<float>();
+// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
+template <class Scores>
+__device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {
+  const int diagonal = col0 - row0 - band.first, cols = band.seqlen_k - col0;
+  const unsigned width = static_cast<unsigned>(band.last - band.first);
+  s.for_each([&](int m, int half, int n, int e) {
+    const int row = s.row(m, half), col = s.col(n, e);
+    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols)
+      s.at(m, half, n, e) = minus_infinity<float>();
   });
 }
 
@@ -43,8 +41,8 @@ class ScoreTerms {
 
   // Raw products become scores. f(m, half, n, e, gradient) is told d score / d (scale q.k) where softcap makes that
   // differ from 1.
-  template <int M, int N, class F>
-  __device__ __forceinline__ void apply(Accumulator<M, N>& s, int row0, int col0, F&& gradient) const {
+  template <class Scores, class F>
+  __device__ __forceinline__ void apply(Scores& s, int row0, int col0, F&& gradient) const {
     const float scale = static_cast<float>(p_.softmax_scale), softcap = static_cast<float>(p_.softcap);
     s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale; });
     if (softcap != 0)
@@ -82,6 +80,28 @@ class ScoreTerms {
             f(m, half, 2 * pair + word / 2, word % 2, (block.word[word] >> (16 * half) & 0xffffu) >= threshold);
       }
   }
+  // The same for a lane that has two neighbouring rows of one column, and with them half of each call's bits.
+  template <int M, int N, class F>
+  __device__ __forceinline__ void dropout(const TransposedAccumulator<M, N>& s, int row0, int col0, F&& f) const {
+    static_assert(M % 2 == 0);
+    const DropoutBits bits = dropout_bits(p_, batch_, head_);
+    const uint32_t threshold = dropout_threshold(p_.dropout_p);
+    const bool odd = lane_index() / 4 % 2 != 0;
+#pragma unroll
+    for (int pair = 0; pair < M / 2; ++pair)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const Philox4 block = bits.block(row0 + s.row(2 * pair, half), col0 + s.col(n, 0));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t word = odd ? block.word[2 * e + 1] : block.word[2 * e];
+            f(2 * pair, half, n, e, (word & 0xffffu) >= threshold);
+            f(2 * pair + 1, half, n, e, (word >> 16) >= threshold);
+          }
+        }
+  }
 
  private:
   // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come
@@ -89,35 +109,58 @@ class ScoreTerms {
   static __device__ __forceinline__ int limit(int length, int64_t size) {
     return size == 1 || length < size ? length : static_cast<int>(size);
   }
-  template <int M, int N, class F>
-  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Accumulator<M, N>& s, int row0, int col0,
+  // f(m, half, n, e, x) for every element of a matrix over the scores, as type E, that belongs to an element of `s`.
+  template <class E, class Scores, class F>
+  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Scores& s, int row0, int col0,
                                                   F&& f) const {
-    const int rows = limit(seqlen_q_, view.size_row), cols = limit(seqlen_k_, view.size_col);
-    s.for_each([&](int m, int half, int n, int e) {
-      const int row = row0 + s.row(m, half), col = col0 + s.col(n, e);
-      if (row < rows && col < cols) f(m, half, n, e, score_offset(view, batch_, head_, row, col));
-    });
-  }
-  template <int M, int N>
-  __device__ __forceinline__ void add_bias(Accumulator<M, N>& s, int row0, int col0) const {
-    const auto add = [&](auto storage) {
-      const auto* bias = static_cast<const decltype(storage)*>(p_.bias.data);
-      for_each_inside(p_.bias, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
-        s.at(m, half, n, e) += as_float(bias[offset]);
+    const E* const matrix = static_cast<const E*>(view.data) + score_offset(view, batch_, head_, row0, col0);
+    const int rows = limit(seqlen_q_, view.size_row) - row0, cols = limit(seqlen_k_, view.size_col) - col0;
+    const auto row_of = [&](int m, int half) { return matrix + s.row(m, half) * view.stride_row; };
+    if (rows < Scores::kRows || cols < Scores::kCols || view.stride_col != 1) {
+      s.for_each([&](int m, int half, int n, int e) {
+        if (s.row(m, half) < rows && s.col(n, e) < cols)
+          f(m, half, n, e, row_of(m, half)[s.col(n, e) * view.stride_col]);
       });
-    };
-    if (p_.bias.dtype == DType::float32)
-      add(float{});
-    else if (p_.bias.dtype == DType::bfloat16)
-      add(__nv_bfloat16{});
-    else
-      add(__half{});
+    } else if (Scores::kNeighbours && reinterpret_cast<uintptr_t>(matrix) % sizeof(Pair<E>) == 0 &&
+               view.stride_row % 2 == 0) {
+      s.for_each_row([&](int m, int half) {
+        const E* const row = row_of(m, half) + s.col(0, 0);
+#pragma unroll
+        for (int n = 0; n < Scores::kColPieces; ++n) {
+          const Pair<E> pair = *reinterpret_cast<const Pair<E>*>(row + s.col_step(n, 0));
+          f(m, half, n, 0, pair.x[0]);
+          f(m, half, n, 1, pair.x[1]);
+        }
+      });
+    } else {
+      s.for_each_row([&](int m, int half) {
+        const E* const row = row_of(m, half) + s.col(0, 0);
+#pragma unroll
+        for (int n = 0; n < Scores::kColPieces; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) f(m, half, n, e, row[s.col_step(n, e)]);
+      });
+    }
   }
-  template <int M, int N>
-  __device__ __forceinline__ void mask(Accumulator<M, N>& s, int row0, int col0) const {
-    const auto* attend = static_cast<const uint8_t*>(p_.mask.data);
-    for_each_inside(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
-      if (!attend[offset]) s.at(m, half, n, e) = minus_infinity<float>();
+  template <class E>
+  struct alignas(2 * sizeof(E)) Pair {
+    E x[2];
+  };
+
+  template <class Scores>
+  __device__ __forceinline__ void add_bias(Scores& s, int row0, int col0) const {
+    const auto add = [&](int m, int half, int n, int e, auto x) { s.at(m, half, n, e) += as_float(x); };
+    if (p_.bias.dtype == DType::float32)
+      for_each_inside<float>(p_.bias, s, row0, col0, add);
+    else if (p_.bias.dtype == DType::bfloat16)
+      for_each_inside<__nv_bfloat16>(p_.bias, s, row0, col0, add);
+    else
+      for_each_inside<__half>(p_.bias, s, row0, col0, add);
+  }
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& s, int row0, int col0) const {
+    for_each_inside<uint8_t>(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, uint8_t attend) {
+      if (!attend) s.at(m, half, n, e) = minus_infinity<float>();
     });
   }
 

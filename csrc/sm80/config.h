@@ -44,6 +44,11 @@ struct ForwardConfig<float, 256> : ForwardTile<32, 16, 2, 256> {};
 template <>
 struct ForwardConfig<float, 512> : ForwardTile<16, 16, 1, 512, 256, 1> {};
 
+// General scores need registers for their terms.
+template <class T, int kHeadDim>
+using GeneralForwardConfig =
+    std::conditional_t<kHeadDim == 64 && sizeof(T) == 2, ForwardTile<128, 32, 4, 64>, ForwardConfig<T, kHeadDim>>;
+
 // Backward: a thread block keeps kKeys keys and walks blocks of kRows query rows. Its warps share each product in a
 // grid of their own: k*RowWarps of them along the rows of the result, the others along its columns.
 template <int kRows_, int kKeys_, int kDim_, int kStages_, int kScoreRowWarps_, int kScoreColWarps_, int kKeyRowWarps_,
