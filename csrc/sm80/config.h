@@ -32,11 +32,11 @@ struct ForwardConfig<T, 256> : ForwardTile<64, 32, 4, 256> {};
 template <class T>
 struct ForwardConfig<T, 512> : ForwardTile<64, 16, 4, 512, 256, 1> {};
 
-// float takes twice the memory.
+// float takes twice the memory, and three products and the splitting of factors for one.
 template <>
-struct ForwardConfig<float, 64> : ForwardTile<64, 64, 4, 64> {};
+struct ForwardConfig<float, 64> : ForwardTile<128, 32, 4, 64> {};
 template <>
-struct ForwardConfig<float, 128> : ForwardTile<64, 32, 4, 128> {};
+struct ForwardConfig<float, 128> : ForwardTile<128, 16, 4, 128> {};
 template <>
 struct ForwardConfig<float, 192> : ForwardTile<32, 16, 2, 192> {};
 template <>

@@ -193,7 +193,8 @@ class ForwardTask {
       states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
       RowState<float> state = states_.x[m][half].total();
       const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[head_]) : 1.0f;
-      const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
+      float weight = factor * state.inverse_sum();
+      if constexpr (kGeneral) weight *= static_cast<float>(dropout_scale(p_.dropout_p));
       const int row = warp_row_ + output_.row(m, half);
 #pragma unroll
       for (int n = 0; n < ND; ++n)
@@ -269,9 +270,7 @@ void run_forward(const Problem& p, const Execution& execution) {
 
 template <class T>
 void run_forward(const Problem& p, const Execution& execution) {
-  if constexpr (sizeof(T) == 2) {
-    if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
-  }
+  if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
   run_forward<T, GeneralForwardConfig<T, FAE_HEAD_DIM>, true>(p, execution);
 }
 
