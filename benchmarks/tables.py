@@ -1,8 +1,9 @@
-"""Writes the tables of README.md and benchmarks/README.md from the result files, between markers that name them.
+"""Writes the tables of README.md, benchmarks/README.md and docs/kernels.md from the result files, between markers.
 
     python benchmarks/tables.py            # or: make tables
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. ``tried.json`` is written by hand, from what was
+measured while a kernel was made: before and after in the same run, in TFLOP/s or ms.
 """
 
 import json
@@ -17,7 +18,7 @@ from suites import DIRECTIONS, GPU_SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "kernels.md")
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 EMPTY = "Nothing was measured yet."
@@ -263,6 +264,21 @@ def gpu_error(results: Path) -> str:
     return "\n\n".join(f"{title}\n\n{error_table(records)}" for title, records in found.items())
 
 
+def tried(results: Path) -> str:
+    """What was tried on the GPU kernels, by what factor it changed their speed, and what became of it."""
+    blocks = []
+    header = ["kernel", "what was tried", "expected", "speed", "verdict"]
+    for environment, records, _ in load(results, "tried"):
+        rows = []
+        for record in records:
+            faster = 1 if record["unit"] == "TFLOP/s" else -1
+            factors = [(after / before) ** faster for before, after in record["cells"].values()]
+            speed_up = f"{geometric_mean(factors):.2f}x ({min(factors):.2f}-{max(factors):.2f})"
+            rows.append([record["kernel"], record["what"], record["expected"], speed_up, record["verdict"]])
+        blocks.append(f"{machine_name(environment)}, bfloat16 unless said otherwise:\n\n{table(header, rows)}")
+    return "\n\n".join(blocks)
+
+
 def plots(results: Path) -> str:
     """The plots that plot.py drew for each machine."""
     links = []
@@ -275,7 +291,8 @@ def plots(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    made.__name__: made for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, plots)
+    made.__name__: made
+    for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, tried, plots)
 }
 
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sass
 
 import flash_attn_ext
 
@@ -19,6 +20,10 @@ PACKAGE = Path(flash_attn_ext.__file__).parent
 LIBRARY = PACKAGE / "libflash_attn_ext.so"
 CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
+MAX_COMPILE_SECONDS = 120.0  # beside another compiler, on a machine of two cores
+MOST_SPILLS = 96  # instructions
+# Tiles of head dims that are compiled.
+HEAD_DIMS = {"sm80": (64, 128, 192, 256, 512), "sm90": (64, 128, 192, 256)}
 
 op_library = pytest.mark.parametrize("library", [LIBRARY, CUDA_LIBRARY], ids=lambda path: path.name)
 
@@ -76,12 +81,12 @@ def test_code_shared_by_instruction_sets_is_portable() -> None:
     assert not wide
 
 
-def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
-    """Kernels for plain 16-bit attention up to head dim 128, and all that is not attention, spill nothing."""
+def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
     skip_unless_built(CUDA_LIBRARY)
     (build,) = build_folders()
     logs = {log.name: log.read_text() for log in build.glob("ptxas/*.log")}
-    folders = {"cuda": ["fae_cuda_kernels"], "sm80": [f"fae_sm80_{dim}" for dim in (64, 128, 192, 256, 512)]}
+    folders = {"cuda": ["fae_cuda_kernels"]}
+    folders |= {folder: [f"fae_{folder}_{dim}" for dim in dims] for folder, dims in HEAD_DIMS.items()}
     expected = {
         f"{target}.{source.name}.log"
         for folder, targets in folders.items()
@@ -91,15 +96,31 @@ def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
     assert logs.keys() == expected
     for name, text in logs.items():
         assert not re.findall(r"\bC75\d\d\b.*", text), name
-        spills = re.findall(r"properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert spills, f"{name}: no kernel reported"
-        for kernel, *stored_and_loaded in spills:
-            attention = re.search(r"(forward|backward|bias_gradient)_kernelI(f?).*ConfigI.*Li(\d+)E+(Lb1)?", kernel)
-            plain = not attention or not (attention[2] or attention[4] or int(attention[3]) > 128)
-            plain &= not attention or attention[1] != "bias_gradient"
-            # Score terms and float32 keep more values than there are registers; what they spill, beside thousands of
-            # instructions of a block of keys, is not to grow.
-            assert max(map(int, stored_and_loaded)) <= (0 if plain else 336), f"{name}: {kernel} {stored_and_loaded}"
+        assert re.search(r"\d+ bytes spill stores", text), f"{name}: no kernel reported"
+        (seconds,) = re.findall(r"^seconds: ([\d.]+)$", text, re.MULTILINE)
+        assert float(seconds) < MAX_COMPILE_SECONDS, name
+
+
+def test_main_loops_do_not_spill() -> None:
+    """Plain attention in 16 bits up to head dim 128 keeps everything in registers while it multiplies.
+
+    Score terms, float32 and larger head dims have more values than there are registers: what they spill beside
+    thousands of instructions of a block of keys is not to grow.
+    """
+    skip_unless_built(CUDA_LIBRARY)
+    if not sass.cuobjdump():
+        pytest.skip("there is no cuobjdump (Python packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)")
+    plain = 0
+    for mangled, instructions in sass.kernels(CUDA_LIBRARY):
+        if not (loops := list(sass.main_loops(instructions))):
+            continue
+        name = output("c++filt", mangled)
+        kernel = re.search(r"(?:for|back)ward_kernel<(?:__half|__nv_bfloat16), .*?\b(64|128)\b.*>, false", name)
+        plain += bool(kernel)
+        for loop in loops:
+            spills = sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop)
+            assert spills <= (0 if kernel else MOST_SPILLS), f"{name}: {spills} of {len(loop)} instructions"
+    assert plain
 
 
 def test_ptxas_launcher_fails_on_serialised_wgmma(tmp_path: Path) -> None:
