@@ -1,0 +1,547 @@
+#include "../core/schedule.h"
+#include "../cuda/launch.h"
+#include "../cuda/score_terms.h"
+#include "config.h"
+#include "kernels.h"
+#include "pipeline.h"
+#include "softmax.h"
+#include "tensor_map.h"
+#include "tile.h"
+
+// Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
+// rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the
+// others has 64 rows of its own from Q to O. The product of a block of keys overlaps the softmax of the one before.
+
+namespace fae::sm90 {
+namespace {
+
+// One call: the problem and what the host has worked out about it.
+struct ForwardCall {
+  Problem p;
+  GridSchedule schedule;
+  int* counter;  // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
+  TensorMap q, k, v, out;
+};
+
+// One tile on its way from the loading warp to the others, and the band of its sequence.
+struct alignas(16) Work {
+  int batch, head, row_begin, q_start;  // batch -1: there are no more
+  int k_start, seqlen_q, seqlen_k, unused;
+
+  __device__ cuda::DeviceBand band(const Problem& p) const {
+    return cuda::DeviceBand(seqlen_q, seqlen_k, p.window_left, p.window_right);
+  }
+};
+
+__device__ __forceinline__ KeyBlocks<int> key_blocks(const cuda::DeviceBand& band, int row, int rows, int keys) {
+  const int end = min(row + rows, band.seqlen_q);
+  return KeyBlocks<int>(band.any(row, end), band.every(row, end), keys);
+}
+
+template <class T, class Config>
+struct ForwardMemory {
+  using Q = SharedTile<T, kWarpgroupRows, Config::kDim>;
+  using K = SharedTile<T, Config::kKeys, Config::kDim>;
+  using V = SharedTile<T, Config::kKeys, Config::kDimV>;
+  using O = SharedTile<T, kWarpgroupRows, Config::kDimV>;  // in the place of Q, once that has been used
+  using RingQ = Ring<Config::kStagesQ>;
+  using RingK = Ring<Config::kStagesK>;
+  using RingV = Ring<Config::kStagesV>;
+  static_assert(O::kBytes <= Q::kBytes);
+
+  static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes;
+  static constexpr int kK = Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
+  static constexpr int kWork = kV + Config::kStagesV * V::kBytes;
+  static constexpr int kBarriers = kWork + Config::kStagesQ * static_cast<int>(sizeof(Work));
+  static constexpr int kRingK = kBarriers + RingQ::kBytes, kRingV = kRingK + RingK::kBytes;
+  static constexpr int kOutFull = kRingV + RingV::kBytes, kTail = kOutFull + 8 * Config::kStagesQ;
+  static constexpr int kBytes = kTail + 8;
+  static_assert(kBytes <= 227 * 1024);
+
+  uint32_t base;
+
+  __device__ Q q(int stage, int warpgroup) const { return {base + stage * kQBytes + warpgroup * Q::kBytes}; }
+  __device__ O o(int stage, int warpgroup) const { return {base + stage * kQBytes + warpgroup * Q::kBytes}; }
+  __device__ K k(int stage) const { return {base + kK + stage * K::kBytes}; }
+  __device__ V v(int stage) const { return {base + kV + stage * V::kBytes}; }
+  __device__ RingQ ring_q() const { return RingQ(base + kBarriers); }
+  __device__ RingK ring_k() const { return RingK(base + kRingK); }
+  __device__ RingV ring_v() const { return RingV(base + kRingV); }
+  // O is complete in the place of Q; rows of V have arrived, of which some must be cleared.
+  __device__ uint32_t out_full(int stage) const { return base + kOutFull + 8 * stage; }
+  __device__ uint32_t tail_full() const { return base + kTail; }
+
+  __device__ void init_barriers() const {
+    ring_q().init(1, 1);
+    ring_k().init(1, 4 * Config::kWarpgroups);
+    ring_v().init(1, 4 * Config::kWarpgroups);
+    for (int i = 0; i < Config::kStagesQ; ++i) init_barrier(out_full(i), 4 * Config::kWarpgroups);
+    init_barrier(tail_full(), 1);
+    fence_barrier_init();
+  }
+
+  __device__ void write_work(int stage, const Work& work) const {
+    const uint32_t address = base + kWork + stage * static_cast<int>(sizeof(Work));
+    uint4 words[2];
+    memcpy(words, &work, sizeof(work));
+    sm80::store_shared_16_bytes(address, words[0]);
+    sm80::store_shared_16_bytes(address + 16, words[1]);
+  }
+  __device__ __forceinline__ Work read_work(int stage) const {
+    const uint32_t address = base + kWork + stage * static_cast<int>(sizeof(Work));
+    const uint4 a = sm80::load_shared_16_bytes(address), b = sm80::load_shared_16_bytes(address + 16);
+    // From one lane: the compiler then knows that the warp agrees.
+    const auto same = [](uint32_t x) { return static_cast<int>(__shfl_sync(0xffffffffu, x, 0)); };
+    return {same(a.x), same(a.y), same(a.z), same(a.w), same(b.x), same(b.y), same(b.z), 0};
+  }
+};
+
+// ---- The warp that takes tiles and loads Q, K and V ----------------------------------------------------------------
+
+template <class T, class Config>
+class Loader {
+  using Memory = ForwardMemory<T, Config>;
+
+ public:
+  __device__ Loader(const ForwardCall& call, const Memory& memory)
+      : call_(call),
+        p_(call.p),
+        memory_(memory),
+        q_(memory.ring_q()),
+        k_(memory.ring_k()),
+        v_(memory.ring_v()),
+        first_(lane_index() == 0) {}
+
+  __device__ void run() {
+    const int64_t tiles = call_.schedule.size();
+    int64_t next = 0;
+#pragma unroll 1
+    for (int64_t index = blockIdx.x; index < tiles; index = next) {
+      if (call_.counter) {
+        int taken = first_ ? atomicAdd(call_.counter, 1) : 0;
+        next = static_cast<int64_t>(gridDim.x) + __shfl_sync(0xffffffffu, taken, 0);
+      } else {
+        next = index + gridDim.x;
+      }
+      load(call_.schedule[index]);
+    }
+    load_waiting_v();
+    publish({.batch = -1}, false);
+  }
+
+ private:
+  __device__ void load(const Tile& tile) {
+    const Sequence s = sequence_of(p_, tile.batch);
+    if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) return;
+    const Work work = {static_cast<int>(tile.batch),
+                       static_cast<int>(tile.head),
+                       static_cast<int>(tile.block) * Config::kRows,
+                       static_cast<int>(s.q_start),
+                       static_cast<int>(s.k_start),
+                       static_cast<int>(s.seqlen_q),
+                       static_cast<int>(s.seqlen_k),
+                       0};
+    const KeyBlocks<int> blocks = key_blocks(work.band(p_), work.row_begin, Config::kRows, Config::kKeys);
+    const Keys keys = {static_cast<int>(p_.cu_seqlens_k ? 0 : tile.batch),
+                       work.head / static_cast<int>(p_.heads / p_.heads_kv), work.k_start, work.seqlen_k};
+    // From the last block to the first, V behind K: in the order in which they are used.
+    if (blocks.begin >= blocks.end) publish(work, false);
+#pragma unroll 1
+    for (int block = blocks.end - 1; block >= blocks.begin; --block) {
+      load_k(keys, block);
+      load_waiting_v();
+      if (block == blocks.end - 1) publish(work, true);
+      waiting_ = keys;
+      waiting_block_ = block;
+    }
+  }
+
+  // Keys and values of one head of one sequence.
+  struct Keys {
+    int batch, head, start, seqlen;
+  };
+
+  // Tells the others about a tile, with its Q where it has any keys.
+  __device__ void publish(const Work& work, bool with_q) {
+    q_.wait_empty();
+    if (first_) {
+      memory_.write_work(q_.stage(), work);
+      if (with_q) {
+        arrive_expecting(q_.full(), Memory::kQBytes);
+        for (int w = 0; w < Config::kWarpgroups; ++w)
+          load_tile(memory_.q(q_.stage(), w), call_.q, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
+                    p_.cu_seqlens_q ? 0 : work.batch, q_.full());
+      } else {
+        arrive(q_.full());
+      }
+    }
+    q_.advance();
+  }
+
+  __device__ void load_k(const Keys& keys, int block) {
+    k_.wait_empty();
+    if (first_) {
+      arrive_expecting(k_.full(), Memory::K::kBytes);
+      load_tile(memory_.k(k_.stage()), call_.k, keys.start + block * Config::kKeys, keys.head, keys.batch, k_.full());
+    }
+    k_.advance();
+  }
+
+  __device__ void load_waiting_v() {
+    if (waiting_block_ < 0) return;
+    const int key = waiting_block_ * Config::kKeys, valid = waiting_.seqlen - key;
+    // Where the tensor goes on after the sequence. Masked keys have P = 0, but 0 times what lies there may be NaN.
+    const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
+    v_.wait_empty();
+    if (first_) {
+      const uint32_t barrier = tail ? memory_.tail_full() : v_.full();
+      arrive_expecting(barrier, Memory::V::kBytes);
+      load_tile(memory_.v(v_.stage()), call_.v, waiting_.start + key, waiting_.head, waiting_.batch, barrier);
+    }
+    if (tail) {
+      wait(memory_.tail_full(), tail_parity_);
+      tail_parity_ ^= 1;
+      clear_rows(memory_.v(v_.stage()), valid);
+      fence_async_proxy();
+      __syncwarp();
+      if (first_) arrive(v_.full());
+    }
+    v_.advance();
+    waiting_block_ = -1;
+  }
+
+  template <class Tile>
+  __device__ static void load_tile(const Tile& tile, const TensorMap& map, int row, int head, int batch,
+                                   uint32_t barrier) {
+    for (int block = 0; block < Tile::kBlocks; ++block)
+      load_box(tile.address(0, block * kBoxCols), map, block * kBoxCols, row, head, batch, barrier);
+  }
+
+  template <class Tile>
+  __device__ static void clear_rows(const Tile& tile, int begin) {
+    constexpr int kChunks = Tile::kBlocks * 8;
+#pragma unroll 1
+    for (int i = begin * kChunks + lane_index(); i < Tile::kRows * kChunks; i += cuda::kWarpThreads)
+      sm80::store_shared_16_bytes(tile.address(i / kChunks, i % kChunks * 8), uint4{0, 0, 0, 0});
+  }
+
+  const ForwardCall& call_;
+  const Problem& p_;
+  const Memory memory_;
+  typename Memory::RingQ q_;
+  typename Memory::RingK k_;
+  typename Memory::RingV v_;
+  const bool first_;  // the lane that talks to the accelerator
+  Keys waiting_ = {};
+  int waiting_block_ = -1;  // of V; none
+  uint32_t tail_parity_ = 0;
+};
+
+// ---- The warp that stores O ----------------------------------------------------------------------------------------
+
+// Whether the accelerator may store all rows of a warpgroup: those past a sequence's end are not ours.
+__device__ __forceinline__ bool stored_whole(const Work& work, int warpgroup) {
+  return work.row_begin + (warpgroup + 1) * kWarpgroupRows <= work.seqlen_q;
+}
+
+template <class T, class Config>
+__device__ void store_tiles(const ForwardCall& call, const ForwardMemory<T, Config>& memory) {
+  using Memory = ForwardMemory<T, Config>;
+  typename Memory::RingQ q = memory.ring_q();
+#pragma unroll 1
+  for (;; q.advance()) {
+    q.wait_full();
+    const Work work = memory.read_work(q.stage());
+    if (work.batch < 0) break;
+    wait(memory.out_full(q.stage()), q.parity());
+    if (lane_index() != 0) continue;
+    for (int w = 0; w < Config::kWarpgroups; ++w)
+      if (stored_whole(work, w))
+        for (int block = 0; block < Memory::O::kBlocks; ++block)
+          store_box(call.out, block * kBoxCols, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
+                    call.p.cu_seqlens_q ? 0 : work.batch, memory.o(q.stage(), w).address(0, block * kBoxCols));
+    commit_stores();
+    wait_stores_read<0>();
+    arrive(q.empty());
+  }
+  wait_stores<0>();
+}
+
+// ---- A warpgroup that computes -------------------------------------------------------------------------------------
+
+template <class T, class Config, bool kGeneral>
+class Computer {
+  using Memory = ForwardMemory<T, Config>;
+  static constexpr int N = Config::kKeys / 8, ND = Config::kDimV / 8, kSteps = Config::kKeys / 16;
+
+ public:
+  __device__ Computer(const ForwardCall& call, const Memory& memory, int warp)
+      : p_(call.p),
+        memory_(memory),
+        q_(memory.ring_q()),
+        k_(memory.ring_k()),
+        v_(memory.ring_v()),
+        warpgroup_(warp / 4),
+        warp_row_(warp % 4 * 16),
+        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (;; q_.advance()) {
+      q_.wait_full();
+      const Work work = memory_.read_work(q_.stage());
+      if (work.batch < 0) return;
+      attend(work);
+      finish(work);
+    }
+  }
+
+ private:
+  // O and the rows' statistics of a tile.
+  __device__ __forceinline__ void attend(const Work& work) {
+    const cuda::DeviceBand band = work.band(p_);
+    const int row = work.row_begin + warpgroup_ * kWarpgroupRows;
+    const KeyBlocks<int> all = key_blocks(band, work.row_begin, Config::kRows, Config::kKeys);
+    const KeyBlocks<int> mine = key_blocks(band, row, kWarpgroupRows, Config::kKeys);
+    states_ = {};
+    output_.fill(0);
+    if (mine.begin >= mine.end) return skip(all.end - all.begin);
+    skip(all.end - mine.end);
+    int block = mine.end - 1;
+    first_step(work, band, block, !mine.is_full(block));
+    --block;
+#pragma unroll 1
+    for (; block >= mine.full_end; --block) step<true>(work, band, block);
+#pragma unroll 1
+    for (; block >= mine.full_begin; --block) step<false>(work, band, block);
+#pragma unroll 1
+    for (; block >= mine.begin; --block) step<true>(work, band, block);
+    last_step();
+    skip(mine.begin - all.begin);
+  }
+
+  // Blocks that only other warpgroups' rows see.
+  __device__ __forceinline__ void skip(int blocks) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      k_.wait_full();
+      release(k_);
+      v_.wait_full();
+      release(v_);
+    }
+  }
+
+  // S = Q K^T of the first block alone, P = exp(S - m).
+  __device__ __forceinline__ void first_step(const Work& work, const cuda::DeviceBand& band, int block, bool edge) {
+    k_.wait_full();
+    begin_products();
+    start_straight(scores_, q(), memory_.k(k_.stage()));
+    wait_products<0>();
+    fence_registers(scores_.x[0]);
+    release(k_);
+    follow(work, band, block, edge);
+    pack_p(work, block);
+  }
+
+  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. edge: not every row sees all keys.
+  template <bool kEdge>
+  __device__ __forceinline__ void step(const Work& work, const cuda::DeviceBand& band, int block) {
+    k_.wait_full();
+    begin_products();
+    start_straight(scores_, q(), memory_.k(k_.stage()));
+    v_.wait_full();
+    start_pv();
+    wait_products<1>();
+    fence_registers(scores_.x[0]);
+
+    RowFactors factors;
+    bool moved = true;
+    if constexpr (kEdge || kGeneral) {
+      release(k_);
+      factors = follow(work, band, block, kEdge);
+    } else {
+      bool fine[2];
+      moved = !keep_maximum(states_, scores_, scale_log2_, fine);
+      if (moved) {
+        multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
+        factors = follow_maximum<false>(states_, scores_, scale_log2_, fine);
+      }
+      release(k_);
+    }
+
+    wait_products<0>();
+    fence_registers(scores_.x[0]);
+    fence_registers(output_.x[0]);
+    release(v_);
+    pack_p(work, block);
+    if (kEdge || kGeneral ? factors.any_moved() : moved) rescale(output_, factors);
+  }
+
+  // O += P V of the last block.
+  __device__ __forceinline__ void last_step() {
+    v_.wait_full();
+    start_pv();
+    wait_products<0>();
+    fence_registers(output_.x[0]);
+    release(v_);
+  }
+
+  __device__ __forceinline__ void start_pv() {
+    fence_registers(output_.x[0]);
+    fence_registers(p_fragments_);
+    begin_products();
+    start_transposed(output_, p_fragments_, memory_.v(v_.stage()));
+  }
+
+  __device__ __forceinline__ RowFactors follow(const Work& work, const cuda::DeviceBand& band, int block, bool edge) {
+    const int row = work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_, key = block * Config::kKeys;
+    if constexpr (kGeneral)
+      cuda::ScoreTerms(p_, work.batch, work.head, band).apply(scores_, row, key, [](int, int, int, int, float) {});
+    if (edge) cuda::mask_band(scores_, band, row, key);
+    return follow_maximum<kGeneral>(states_, scores_, scale_log2_, {false, false});
+  }
+
+  __device__ __forceinline__ void pack_p(const Work& work, int block) {
+    if constexpr (kGeneral) {
+      if (p_.dropout_p > 0)
+        cuda::ScoreTerms(p_, work.batch, work.head, work.band(p_))
+            .dropout(scores_, work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_, block * Config::kKeys,
+                     [&](int m, int half, int n, int e, bool kept) {
+                       if (!kept) scores_.at(m, half, n, e) = 0;
+                     });
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(scores_, 0, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p_fragments_[k][i] = fragment.x[i];
+    }
+  }
+
+  // O / l and lse = m + log l, the sink counted in.
+  __device__ __forceinline__ void finish(const Work& work) {
+    const int row = work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_;
+    output_.for_each_row([&](int m, int half) {
+      states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
+      RowState<float> state = states_.x[m][half].total();
+      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[work.head]) : 1.0f;
+      const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
+#pragma unroll
+      for (int n = 0; n < ND; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) output_.at(m, half, n, e) *= weight;
+      const int i = row + output_.row(m, half);
+      if (lane_index() % 4 == 0 && i < work.seqlen_q)
+        *stats_ptr<float>(p_.lse, work.batch, work.q_start + i, work.head) = state.lse();
+    });
+    const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
+#pragma unroll
+    for (int pair = 0; pair < ND / 2; ++pair)
+      store_matrices(o.address(warp_row_ + lane_index() % 16, 16 * pair + lane_index() / 16 * 8),
+                     sm80::as_left_operand<T>(output_, 0, pair).x);
+    if (stored_whole(work, warpgroup_))
+      fence_async_proxy();
+    else
+      store_rows(work, o, row);
+    __syncwarp();
+    arrive_if(memory_.out_full(q_.stage()), lane_index() == 0);
+  }
+
+  // The warp's rows of O that belong to the sequence.
+  __device__ void store_rows(const Work& work, const typename Memory::O& o, int row) const {
+    constexpr int kChunk = 8, kLanes = Memory::O::kBlocks * 8;
+    __syncwarp();
+    const int rows = min(work.seqlen_q - row, 16), cols = static_cast<int>(p_.head_dim_v);
+#pragma unroll 1
+    for (int i = lane_index(); i < rows * kLanes; i += cuda::kWarpThreads) {
+      const int col = i % kLanes * kChunk;
+      if (col < cols)
+        *reinterpret_cast<uint4*>(row_ptr<T>(p_.out, work.batch, work.q_start + row + i / kLanes, work.head) + col) =
+            sm80::load_shared_16_bytes(o.address(warp_row_ + i / kLanes, col));
+    }
+  }
+
+  template <class Ring>
+  __device__ __forceinline__ static void release(Ring& ring) {
+    arrive_if(ring.empty(), lane_index() == 0);
+    ring.advance();
+  }
+  __device__ __forceinline__ typename Memory::Q q() const { return memory_.q(q_.stage(), warpgroup_); }
+
+  const Problem& p_;
+  const Memory memory_;
+  typename Memory::RingQ q_;
+  typename Memory::RingK k_;
+  typename Memory::RingV v_;
+  const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
+  const float scale_log2_;          // of plain scores
+  cuda::RowStates<1, kGeneral> states_;
+  Accumulator<1, N> scores_;
+  Accumulator<1, ND> output_;
+  uint32_t p_fragments_[kSteps][4];
+};
+
+template <class T, class Config, bool kGeneral>
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardCall call) {
+  const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  if (threadIdx.x == 0) memory.init_barriers();
+  __syncthreads();
+  const int warp = __shfl_sync(0xffffffffu, warp_index(), 0);
+  if (warp < 4) {
+    give_registers_back<Config::kMoverRegisters>();
+    if (warp == 0) Loader<T, Config>(call, memory).run();
+    if (warp == 1) store_tiles<T, Config>(call, memory);
+  } else {
+    take_registers<Config::kComputeRegisters>();
+    Computer<T, Config, kGeneral>(call, memory, warp - 4).run();
+  }
+}
+
+// K and V of this many bytes fit into the second-level cache beside everything else.
+constexpr int64_t kCachedBytes = int64_t{32} << 20;
+
+template <class T, class Config>
+void run_forward(const Problem& p, const Execution& execution) {
+  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+  const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
+  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
+  const int64_t head_bytes = (rows_k + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
+  schedule.group = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  schedule.last_first = true;
+
+  const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
+  // Tiles that differ in length are taken by whoever is free.
+  const bool uneven = p.window_left < p.max_seqlen_k || p.window_right < p.max_seqlen_k || p.cu_seqlens_q ||
+                      p.cu_seqlens_k || p.seqused_q || p.seqused_k;
+  int* counter = nullptr;
+  if (uneven && schedule.size() > blocks) {
+    counter = static_cast<int*>(execution.workspace);
+    cuda::clear(counter, sizeof(int), execution.stream);
+  }
+
+  const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, batch_k = p.cu_seqlens_k ? 1 : p.batch;
+  const ForwardCall call{p,
+                         schedule,
+                         counter,
+                         make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),
+                         make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                         make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                         make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows)};
+  const cuda::Grid grid{blocks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
+  if (cuda::plain_scores(p))
+    cuda::launch("sm90 forward", forward_kernel<T, Config, false>, grid, execution.stream, call);
+  else
+    cuda::launch("sm90 forward", forward_kernel<T, Config, true>, grid, execution.stream, call);
+}
+
+}  // namespace
+
+template <>
+void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
+  if (p.dtype == DType::bfloat16)
+    run_forward<__nv_bfloat16, ForwardConfig<FAE_HEAD_DIM>>(p, execution);
+  else
+    run_forward<__half, ForwardConfig<FAE_HEAD_DIM>>(p, execution);
+}
+
+}  // namespace fae::sm90

@@ -1,0 +1,103 @@
+#pragma once
+
+#include "../cuda/online_softmax.h"
+#include "../sm80/ptx.h"
+
+// Online softmax with a stale maximum. P and l may be in units of any m that is not far below the maximum: a block of
+// keys that all rows see whole keeps the m it finds, which saves the search for its maximum. Where P grows too large,
+// the warp does the block again with its maximum.
+
+namespace fae::sm90 {
+
+using cuda::Accumulator;
+using cuda::RowStates;
+
+// How far the sum over a block may grow before m follows. P stays finite in float16, and O in float.
+constexpr float kMaxStaleSum = 1 << 15;
+// Beyond, the rounding of m is more than one binary digit of P: the fused multiply-add has to go.
+constexpr float kLargeScore = 1 << 24;
+
+// What accumulated rows are to be multiplied by.
+struct RowFactors {
+  float x[2] = {1, 1};
+
+  __device__ __forceinline__ bool any_moved() const { return __any_sync(0xffffffffu, x[0] != 1.0f || x[1] != 1.0f); }
+};
+
+template <int N>
+__device__ __forceinline__ void rescale(Accumulator<1, N>& o, const RowFactors& factors) {
+  o.for_each([&](int m, int half, int n, int e) { o.at(m, half, n, e) *= factors.x[half]; });
+}
+
+// Scores become P = exp(s - m), where m has followed the block's maximum in all rows but those that `keep` theirs.
+// Results of a row depend on that row alone.
+template <bool kGeneral, int N>
+__device__ __forceinline__ RowFactors follow_maximum(RowStates<1, kGeneral>& states, Accumulator<1, N>& s,
+                                                     float scale_log2, const bool (&keep)[2]) {
+  RowFactors factors;
+  float scale[2] = {scale_log2, scale_log2};
+  bool large = false;
+  s.for_each_row([&](int m, int half) {
+    float x = s.at(m, half, 0, 0);
+#pragma unroll
+    for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
+    x = keep[half] ? minus_infinity<float>() : cuda::quad_max(x);
+    factors.x[half] = states.x[m][half].update_max(kGeneral ? x : x * scale_log2);
+    large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
+  });
+  if (!kGeneral && __any_sync(0xffffffffu, large))
+    s.for_each_row([&](int m, int half) {
+      if (fabsf(finite_max(states.x[m][half].m)) <= kLargeScore) return;
+      scale[half] = 1;
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s.at(m, half, n, e) *= scale_log2;
+    });
+  s.for_each_row([&](int m, int half) {
+    const float reference = finite_max(states.x[m][half].m);
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s.at(m, half, n, e);
+        x = sm80::exp2_approx(kGeneral ? (x - reference) * cuda::kLog2e : fmaf(x, scale[half], -reference));
+        sum += x;
+      }
+    states.x[m][half].l += sum;
+  });
+  return factors;
+}
+
+// The same with the m that is there. Where that is too low for a row of the warp, `states` stay as they were, s is
+// spoilt, and follow_maximum has to do the block, with the scores anew and the rows that were fine kept.
+template <int N>
+__device__ __forceinline__ bool keep_maximum(RowStates<1, false>& states, Accumulator<1, N>& s, float scale_log2,
+                                             bool (&fine)[2]) {
+  float sums[2];
+  s.for_each_row([&](int m, int half) {
+    const float reference = states.x[m][half].m;
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s.at(m, half, n, e);
+        x = sm80::exp2_approx(fmaf(x, scale_log2, -reference));
+        sum += x;
+      }
+    sums[half] = sum;
+    fine[half] = sum < kMaxStaleSum && fabsf(reference) <= kLargeScore;  // NaN is not
+  });
+  if (__any_sync(0xffffffffu, !(fine[0] && fine[1]))) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) fine[half] = cuda::quad_max(fine[half] ? 0.0f : 1.0f) == 0.0f;
+    return false;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) states.x[0][half].l += sums[half];
+  return true;
+}
+
+}  // namespace fae::sm90

@@ -1,0 +1,65 @@
+#pragma once
+
+#include "../sm80/tile.h"
+#include "ptx.h"
+
+// Products of a warpgroup on tiles of shared memory. Its four warps have 16 rows each of the 64 rows of the result.
+
+namespace fae::sm90 {
+
+using cuda::Accumulator;
+using cuda::lane_index;
+using cuda::SharedTile;
+using cuda::warp_index;
+
+// How wgmma finds an operand with the 128-byte swizzle. stride: bytes from eight rows (of an operand stored by columns:
+// eight columns) to the next eight. leading: bytes from 64 columns (rows) to the next 64, where it crosses those.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | kStride >> 4 << 32 | kSwizzle128;
+}
+
+// S = A B^T, started. A: 64 rows, B: 8 N rows.
+template <class A, class B, int N>
+__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
+  static_assert(A::kRows == 64 && B::kRows == 8 * N && A::kBlocks == B::kBlocks);
+  const uint64_t a0 = descriptor(a.base, 16), b0 = descriptor(b.base, 16);
+#pragma unroll
+  for (int k = 0; k < A::kCols / 16; ++k) {
+    const auto offset = [&](int rows) { return (k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32) >> 4; };
+    multiply_async(s.x[0], a0 + offset(A::kRows), b0 + offset(B::kRows), k > 0, typename A::Element{});
+  }
+  commit_products();
+}
+
+// O += P V, started. P in registers, one fragment per 16 rows of V.
+template <class V, int N, int kSteps>
+__device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
+  static_assert(V::kRows == 16 * kSteps && V::kCols == 8 * N);
+  const uint64_t v0 = descriptor(v.base, V::kRows * cuda::kSwizzleBytes);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+    multiply_async(o.x[0], p[k], v0 + (k * 16 * cuda::kSwizzleBytes >> 4), true, typename V::Element{});
+  commit_products();
+}
+
+// The same S by mma.sync, for the 16 rows of one warp, from row0 of A on: no other warp needs to take part.
+template <class A, class B, int N>
+__device__ __forceinline__ void multiply_warp(Accumulator<1, N>& s, const A& a, int row0, const B& b) {
+  using T = typename A::Element;
+  s.fill(0);
+  const sm80::StraightOperand<A> left(a, row0);
+  const sm80::StraightOperand<B> right(b, 0);
+#pragma unroll 1
+  for (int k = 0; k < A::kCols / 16; ++k) {
+    const sm80::FragmentA<T> fragment = left.left(0, k);
+#pragma unroll
+    for (int pair = 0; pair < N / 2; ++pair)
+      right.right(pair, k, [&](const sm80::FragmentB<T>& b0, const sm80::FragmentB<T>& b1) {
+        sm80::mma(s.x[0][2 * pair], fragment.x, b0.x, T{});
+        sm80::mma(s.x[0][2 * pair + 1], fragment.x, b1.x, T{});
+      });
+  }
+}
+
+}  // namespace fae::sm90
