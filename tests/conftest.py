@@ -25,10 +25,11 @@ ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
 MATRIX_LEVELS = ("amx", "amx_emulated")
 
 EMULATOR = Path(flash_attn_ext.__file__).parent / "libflash_attn_ext_emulator.so"
-EMULATED: tuple[str, ...] = ()  # backends
+# By name, the backends that are then enabled: what the first does not take, the next one does.
+EMULATED: dict[str, list[str]] = {}
 if EMULATOR.exists():
     ctypes.CDLL(str(EMULATOR))
-    EMULATED = ("sm80_emulated",)
+    EMULATED = {"sm80_emulated": ["sm80_emulated"], "sm90_emulated": ["sm90_emulated", "sm80_emulated"]}
 
 # Under the sanitizers one takes several times as long.
 EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "200" if SANITIZED else "2000"))
@@ -99,7 +100,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
             pytest.skip("this build has no attention kernels for CUDA")
         yield "cuda"
     elif request.param in EMULATED:
-        _C.set_backends([request.param])
+        _C.set_backends(EMULATED[request.param])
         yield "cpu"
         _C.set_backends([])
     else:

@@ -24,9 +24,9 @@ CASES = (
 )
 
 
-@pytest.fixture(params=EMULATED or ["none"])
+@pytest.fixture(params=list(EMULATED) or ["none"])
 def backend(request: pytest.FixtureRequest):
-    _C.set_backends([request.param])
+    _C.set_backends(EMULATED[request.param])
     yield request.param
     _C.set_backends([])
 
@@ -68,9 +68,9 @@ def test_tf32_is_taken_where_it_is_allowed(backend: str) -> None:
 
 
 @settings(max_examples=max(EXAMPLES // 20, 1))
-@given(case=problems().filter(lambda case: case.dtype != torch.float64), backend=st.sampled_from(EMULATED or ("none",)))
+@given(case=problems().filter(lambda case: case.dtype != torch.float64), backend=st.sampled_from(list(EMULATED) or ["none"]))
 def test_drawn_problem(case: Case, backend: str) -> None:
-    _C.set_backends([backend])
+    _C.set_backends(EMULATED[backend])
     try:
         check(case)
     finally:

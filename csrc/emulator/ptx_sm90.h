@@ -39,6 +39,7 @@ template <int kRegisters>
 void give_registers_back() {}
 template <int kRegisters>
 void take_registers() {}
+inline int opaque(int x) { return x; }
 
 inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
   struct In {

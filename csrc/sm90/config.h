@@ -26,15 +26,25 @@ struct ForwardTile {
                                                                                                              : 96));
 };
 
-template <int kHeadDim>
+// Plain scores; general ones need registers for their terms.
+template <int kHeadDim, bool kGeneral>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<64> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
+struct ForwardConfig<64, false> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
 template <>
-struct ForwardConfig<128> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
+struct ForwardConfig<128, false> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
 template <>
-struct ForwardConfig<192> : ForwardTile<2, 96, 192, 192, 1, 2, 2> {};
+struct ForwardConfig<192, false> : ForwardTile<2, 96, 192, 192, 1, 2, 2> {};
 template <>
-struct ForwardConfig<256> : ForwardTile<2, 80, 256, 256, 1, 2, 2> {};
+struct ForwardConfig<256, false> : ForwardTile<2, 80, 256, 256, 1, 2, 2> {};
+
+template <>
+struct ForwardConfig<64, true> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
+template <>
+struct ForwardConfig<128, true> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
+template <>
+struct ForwardConfig<192, true> : ForwardTile<2, 64, 192, 192, 1, 2, 2> {};
+template <>
+struct ForwardConfig<256, true> : ForwardTile<2, 64, 256, 256, 1, 2, 2> {};
 
 }  // namespace fae::sm90

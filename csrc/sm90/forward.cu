@@ -144,8 +144,11 @@ class Loader {
     const KeyBlocks<int> blocks = key_blocks(work.band(p_), work.row_begin, Config::kRows, Config::kKeys);
     const Keys keys = {static_cast<int>(p_.cu_seqlens_k ? 0 : tile.batch),
                        work.head / static_cast<int>(p_.heads / p_.heads_kv), work.k_start, work.seqlen_k};
+    if (blocks.begin >= blocks.end) {
+      load_waiting_v();  // a place for Q may become free with the tile that waits for it only
+      publish(work, false);
+    }
     // From the last block to the first, V behind K: in the order in which they are used.
-    if (blocks.begin >= blocks.end) publish(work, false);
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
       load_k(keys, block);
@@ -435,9 +438,10 @@ class Computer {
         *stats_ptr<float>(p_.lse, work.batch, work.q_start + i, work.head) = state.lse();
     });
     const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
+    const int lane = opaque(lane_index());
 #pragma unroll
     for (int pair = 0; pair < ND / 2; ++pair)
-      store_matrices(o.address(warp_row_ + lane_index() % 16, 16 * pair + lane_index() / 16 * 8),
+      store_matrices(o.address(warp_row_ + lane % 16, 16 * pair + lane / 16 * 8),
                      sm80::as_left_operand<T>(output_, 0, pair).x);
     if (stored_whole(work, warpgroup_))
       fence_async_proxy();
@@ -500,8 +504,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
 // K and V of this many bytes fit into the second-level cache beside everything else.
 constexpr int64_t kCachedBytes = int64_t{32} << 20;
 
-template <class T, class Config>
+template <class T, bool kGeneral>
 void run_forward(const Problem& p, const Execution& execution) {
+  using Config = ForwardConfig<FAE_HEAD_DIM, kGeneral>;
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
@@ -528,20 +533,18 @@ void run_forward(const Problem& p, const Execution& execution) {
                          make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
                          make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows)};
   const cuda::Grid grid{blocks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
-  if (cuda::plain_scores(p))
-    cuda::launch("sm90 forward", forward_kernel<T, Config, false>, grid, execution.stream, call);
-  else
-    cuda::launch("sm90 forward", forward_kernel<T, Config, true>, grid, execution.stream, call);
+  cuda::launch("sm90 forward", forward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
 }
 
 }  // namespace
 
 template <>
 void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
+  const bool general = !cuda::plain_scores(p);
   if (p.dtype == DType::bfloat16)
-    run_forward<__nv_bfloat16, ForwardConfig<FAE_HEAD_DIM>>(p, execution);
+    general ? run_forward<__nv_bfloat16, true>(p, execution) : run_forward<__nv_bfloat16, false>(p, execution);
   else
-    run_forward<__half, ForwardConfig<FAE_HEAD_DIM>>(p, execution);
+    general ? run_forward<__half, true>(p, execution) : run_forward<__half, false>(p, execution);
 }
 
 }  // namespace fae::sm90

@@ -109,6 +109,13 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                : "memory");
 }
 
+// The same number, of which the compiler no longer knows where it comes from: what follows from it is worked out where
+// it is needed, and not kept in a register through the loops before.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Products of a warpgroup ----------------------------------------------------------------------------------------
 
 // What registers and shared memory hold now is what the products that follow see.

@@ -41,7 +41,8 @@ __device__ __forceinline__ RowFactors follow_maximum(RowStates<1, kGeneral>& sta
     float x = s.at(m, half, 0, 0);
 #pragma unroll
     for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
-    x = keep[half] ? minus_infinity<float>() : cuda::quad_max(x);
+    x = cuda::quad_max(x);
+    if (keep[half]) x = minus_infinity<float>();
     factors.x[half] = states.x[m][half].update_max(kGeneral ? x : x * scale_log2);
     large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
   });
@@ -88,11 +89,13 @@ __device__ __forceinline__ bool keep_maximum(RowStates<1, false>& states, Accumu
         sum += x;
       }
     sums[half] = sum;
-    fine[half] = sum < kMaxStaleSum && fabsf(reference) <= kLargeScore;  // NaN is not
   });
-  if (__any_sync(0xffffffffu, !(fine[0] && fine[1]))) {
+  const auto is_fine = [&](int half) {  // NaN is not
+    return (sums[half] < kMaxStaleSum) & (fabsf(states.x[0][half].m) <= kLargeScore);
+  };
+  if (__any_sync(0xffffffffu, !(is_fine(0) & is_fine(1)))) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) fine[half] = cuda::quad_max(fine[half] ? 0.0f : 1.0f) == 0.0f;
+    for (int half = 0; half < 2; ++half) fine[half] = cuda::quad_max(is_fine(half) ? 0.0f : 1.0f) == 0.0f;
     return false;
   }
 #pragma unroll

@@ -47,18 +47,22 @@ __device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uin
 template <class A, class B, int N>
 __device__ __forceinline__ void multiply_warp(Accumulator<1, N>& s, const A& a, int row0, const B& b) {
   using T = typename A::Element;
+  const int lane = opaque(lane_index()), row = lane % 16, chunk = lane / 16 * 16;
+  const uint32_t a0 = a.address(row0 + row, 0) ^ chunk, b0 = b.address(row, 0) ^ chunk;
   s.fill(0);
-  const sm80::StraightOperand<A> left(a, row0);
-  const sm80::StraightOperand<B> right(b, 0);
 #pragma unroll 1
   for (int k = 0; k < A::kCols / 16; ++k) {
-    const sm80::FragmentA<T> fragment = left.left(0, k);
+    const auto step = [&](uint32_t first, int rows) {
+      return (first ^ (k % 4 * 32)) + k / 4 * rows * cuda::kSwizzleBytes;
+    };
+    uint32_t left[4], right[4];
+    sm80::load_matrices(step(a0, A::kRows), left);
 #pragma unroll
-    for (int pair = 0; pair < N / 2; ++pair)
-      right.right(pair, k, [&](const sm80::FragmentB<T>& b0, const sm80::FragmentB<T>& b1) {
-        sm80::mma(s.x[0][2 * pair], fragment.x, b0.x, T{});
-        sm80::mma(s.x[0][2 * pair + 1], fragment.x, b1.x, T{});
-      });
+    for (int pair = 0; pair < N / 2; ++pair) {
+      sm80::load_matrices(step(b0, B::kRows) + pair * 16 * cuda::kSwizzleBytes, right);
+      sm80::mma(s.x[0][2 * pair], left, {right[0], right[2]}, T{});
+      sm80::mma(s.x[0][2 * pair + 1], left, {right[1], right[3]}, T{});
+    }
   }
 }
 
