@@ -26,12 +26,20 @@ struct ForwardCall {
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {
   int batch, head, row_begin, q_start;  // batch -1: there are no more
-  int k_start, seqlen_q, seqlen_k, unused;
+  int seqlen_q, seqlen_k, first, last;
 
-  __device__ cuda::DeviceBand band(const Problem& p) const {
-    return cuda::DeviceBand(seqlen_q, seqlen_k, p.window_left, p.window_right);
+  __device__ cuda::DeviceBand band() const {
+    cuda::DeviceBand band;
+    band.seqlen_q = seqlen_q;
+    band.seqlen_k = seqlen_k;
+    band.first = first;
+    band.last = last;
+    return band;
   }
 };
+
+// The same number in all lanes, as it is; told to the compiler, which then keeps it in a register of the warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 __device__ __forceinline__ KeyBlocks<int> key_blocks(const cuda::DeviceBand& band, int row, int rows, int keys) {
   const int end = min(row + rows, band.seqlen_q);
@@ -90,9 +98,8 @@ struct ForwardMemory {
   __device__ __forceinline__ Work read_work(int stage) const {
     const uint32_t address = base + kWork + stage * static_cast<int>(sizeof(Work));
     const uint4 a = sm80::load_shared_16_bytes(address), b = sm80::load_shared_16_bytes(address + 16);
-    // From one lane: the compiler then knows that the warp agrees.
-    const auto same = [](uint32_t x) { return static_cast<int>(__shfl_sync(0xffffffffu, x, 0)); };
-    return {same(a.x), same(a.y), same(a.z), same(a.w), same(b.x), same(b.y), same(b.z), 0};
+    const auto same = [](uint32_t x) { return uniform(static_cast<int>(x)); };
+    return {same(a.x), same(a.y), same(a.z), same(a.w), same(b.x), same(b.y), same(b.z), same(b.w)};
   }
 };
 
@@ -133,17 +140,19 @@ class Loader {
   __device__ void load(const Tile& tile) {
     const Sequence s = sequence_of(p_, tile.batch);
     if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) return;
-    const Work work = {static_cast<int>(tile.batch),
-                       static_cast<int>(tile.head),
+    const int batch = static_cast<int>(tile.batch), head = static_cast<int>(tile.head);
+    const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
+    const Work work = {batch,
+                       head,
                        static_cast<int>(tile.block) * Config::kRows,
                        static_cast<int>(s.q_start),
-                       static_cast<int>(s.k_start),
-                       static_cast<int>(s.seqlen_q),
-                       static_cast<int>(s.seqlen_k),
-                       0};
-    const KeyBlocks<int> blocks = key_blocks(work.band(p_), work.row_begin, Config::kRows, Config::kKeys);
-    const Keys keys = {static_cast<int>(p_.cu_seqlens_k ? 0 : tile.batch),
-                       work.head / static_cast<int>(p_.heads / p_.heads_kv), work.k_start, work.seqlen_k};
+                       band.seqlen_q,
+                       band.seqlen_k,
+                       band.first,
+                       band.last};
+    const KeyBlocks<int> blocks = key_blocks(band, work.row_begin, Config::kRows, Config::kKeys);
+    const Keys keys = {p_.cu_seqlens_k ? 0 : batch, head / static_cast<int>(p_.heads / p_.heads_kv),
+                       static_cast<int>(s.k_start), band.seqlen_k};
     if (blocks.begin >= blocks.end) {
       load_waiting_v();  // a place for Q may become free with the tile that waits for it only
       publish(work, false);
@@ -292,35 +301,49 @@ class Computer {
 #pragma unroll 1
     for (;; q_.advance()) {
       q_.wait_full();
-      const Work work = memory_.read_work(q_.stage());
-      if (work.batch < 0) return;
-      attend(work);
-      finish(work);
+      if (!attend()) return;
+      finish();
     }
   }
 
  private:
-  // O and the rows' statistics of a tile.
-  __device__ __forceinline__ void attend(const Work& work) {
-    const cuda::DeviceBand band = work.band(p_);
-    const int row = work.row_begin + warpgroup_ * kWarpgroupRows;
-    const KeyBlocks<int> all = key_blocks(band, work.row_begin, Config::kRows, Config::kKeys);
-    const KeyBlocks<int> mine = key_blocks(band, row, kWarpgroupRows, Config::kKeys);
+  // The tile's Work is read anew wherever it is needed: registers that held it would be missing in between.
+  __device__ __forceinline__ Work work() const { return memory_.read_work(q_.stage()); }
+  __device__ __forceinline__ int row_begin(const Work& work) const {  // of the warpgroup
+    return work.row_begin + warpgroup_ * kWarpgroupRows;
+  }
+
+  __device__ __forceinline__ KeyBlocks<int> blocks_of_all(const Work& work) const {
+    return key_blocks(work.band(), work.row_begin, Config::kRows, Config::kKeys);
+  }
+  __device__ __forceinline__ KeyBlocks<int> my_blocks(const Work& work) const {
+    return key_blocks(work.band(), row_begin(work), kWarpgroupRows, Config::kKeys);
+  }
+
+  // O and the rows' statistics of a tile; false: there are no more.
+  __device__ __forceinline__ bool attend() {
+    const Work tile = work();
+    if (tile.batch < 0) return false;
+    const KeyBlocks<int> all = blocks_of_all(tile), mine = my_blocks(tile);
     states_ = {};
     output_.fill(0);
-    if (mine.begin >= mine.end) return skip(all.end - all.begin);
+    if (mine.begin >= mine.end) {
+      skip(all.end - all.begin);
+      return true;
+    }
     skip(all.end - mine.end);
     int block = mine.end - 1;
-    first_step(work, band, block, !mine.is_full(block));
+    first_step(block, !mine.is_full(block));
     --block;
 #pragma unroll 1
-    for (; block >= mine.full_end; --block) step<true>(work, band, block);
+    for (; block >= mine.full_end; --block) step<true>(block);
 #pragma unroll 1
-    for (; block >= mine.full_begin; --block) step<false>(work, band, block);
+    for (; block >= mine.full_begin; --block) step<false>(block);
 #pragma unroll 1
-    for (; block >= mine.begin; --block) step<true>(work, band, block);
+    for (const int begin = my_blocks(work()).begin; block >= begin; --block) step<true>(block);
     last_step();
-    skip(mine.begin - all.begin);
+    skip(block + 1 - blocks_of_all(work()).begin);
+    return true;
   }
 
   // Blocks that only other warpgroups' rows see.
@@ -335,20 +358,20 @@ class Computer {
   }
 
   // S = Q K^T of the first block alone, P = exp(S - m).
-  __device__ __forceinline__ void first_step(const Work& work, const cuda::DeviceBand& band, int block, bool edge) {
+  __device__ __forceinline__ void first_step(int block, bool edge) {
     k_.wait_full();
     begin_products();
     start_straight(scores_, q(), memory_.k(k_.stage()));
     wait_products<0>();
     fence_registers(scores_.x[0]);
     release(k_);
-    follow(work, band, block, edge);
-    pack_p(work, block);
+    follow(block, edge);
+    pack_p(block);
   }
 
   // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. edge: not every row sees all keys.
   template <bool kEdge>
-  __device__ __forceinline__ void step(const Work& work, const cuda::DeviceBand& band, int block) {
+  __device__ __forceinline__ void step(int block) {
     k_.wait_full();
     begin_products();
     start_straight(scores_, q(), memory_.k(k_.stage()));
@@ -361,14 +384,12 @@ class Computer {
     bool moved = true;
     if constexpr (kEdge || kGeneral) {
       release(k_);
-      factors = follow(work, band, block, kEdge);
+      factors = follow(block, kEdge);
     } else {
-      bool fine[2];
-      moved = !keep_maximum(states_, scores_, scale_log2_, fine);
-      if (moved) {
+      moved = keep_maximum(states_, scores_, scale_log2_, [&](const RowFlags& keep) {
         multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        factors = follow_maximum<false>(states_, scores_, scale_log2_, fine);
-      }
+        factors = follow_maximum<false>(states_, scores_, scale_log2_, keep);
+      });
       release(k_);
     }
 
@@ -376,7 +397,7 @@ class Computer {
     fence_registers(scores_.x[0]);
     fence_registers(output_.x[0]);
     release(v_);
-    pack_p(work, block);
+    pack_p(block);
     if (kEdge || kGeneral ? factors.any_moved() : moved) rescale(output_, factors);
   }
 
@@ -396,22 +417,28 @@ class Computer {
     start_transposed(output_, p_fragments_, memory_.v(v_.stage()));
   }
 
-  __device__ __forceinline__ RowFactors follow(const Work& work, const cuda::DeviceBand& band, int block, bool edge) {
-    const int row = work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_, key = block * Config::kKeys;
-    if constexpr (kGeneral)
-      cuda::ScoreTerms(p_, work.batch, work.head, band).apply(scores_, row, key, [](int, int, int, int, float) {});
-    if (edge) cuda::mask_band(scores_, band, row, key);
-    return follow_maximum<kGeneral>(states_, scores_, scale_log2_, {false, false});
+  __device__ __forceinline__ RowFactors follow(int block, bool edge) {
+    if (kGeneral || edge) {
+      const Work tile = work();
+      const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
+      if constexpr (kGeneral)
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
+            .apply(scores_, row, key, [](int, int, int, int, float) {});
+      if (edge) cuda::mask_band(scores_, tile.band(), row, key);
+    }
+    return follow_maximum<kGeneral>(states_, scores_, scale_log2_, {});
   }
 
-  __device__ __forceinline__ void pack_p(const Work& work, int block) {
+  __device__ __forceinline__ void pack_p(int block) {
     if constexpr (kGeneral) {
-      if (p_.dropout_p > 0)
-        cuda::ScoreTerms(p_, work.batch, work.head, work.band(p_))
-            .dropout(scores_, work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_, block * Config::kKeys,
+      if (p_.dropout_p > 0) {
+        const Work tile = work();
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
+            .dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
                      [&](int m, int half, int n, int e, bool kept) {
                        if (!kept) scores_.at(m, half, n, e) = 0;
                      });
+      }
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -422,20 +449,21 @@ class Computer {
   }
 
   // O / l and lse = m + log l, the sink counted in.
-  __device__ __forceinline__ void finish(const Work& work) {
-    const int row = work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_;
+  __device__ __forceinline__ void finish() {
+    const Work tile = work();
+    const int row = row_begin(tile) + warp_row_;
     output_.for_each_row([&](int m, int half) {
       states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
       RowState<float> state = states_.x[m][half].total();
-      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[work.head]) : 1.0f;
+      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
       const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
 #pragma unroll
       for (int n = 0; n < ND; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) output_.at(m, half, n, e) *= weight;
       const int i = row + output_.row(m, half);
-      if (lane_index() % 4 == 0 && i < work.seqlen_q)
-        *stats_ptr<float>(p_.lse, work.batch, work.q_start + i, work.head) = state.lse();
+      if (lane_index() % 4 == 0 && i < tile.seqlen_q)
+        *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, tile.head) = state.lse();
     });
     const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
     const int lane = opaque(lane_index());
@@ -443,10 +471,10 @@ class Computer {
     for (int pair = 0; pair < ND / 2; ++pair)
       store_matrices(o.address(warp_row_ + lane % 16, 16 * pair + lane / 16 * 8),
                      sm80::as_left_operand<T>(output_, 0, pair).x);
-    if (stored_whole(work, warpgroup_))
+    if (stored_whole(tile, warpgroup_))
       fence_async_proxy();
     else
-      store_rows(work, o, row);
+      store_rows(tile, o, row);
     __syncwarp();
     arrive_if(memory_.out_full(q_.stage()), lane_index() == 0);
   }
@@ -490,7 +518,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x == 0) memory.init_barriers();
   __syncthreads();
-  const int warp = __shfl_sync(0xffffffffu, warp_index(), 0);
+  const int warp = uniform(warp_index());
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
     if (warp == 0) Loader<T, Config>(call, memory).run();

@@ -17,6 +17,10 @@ constexpr float kMaxStaleSum = 1 << 15;
 // Beyond, the rounding of m is more than one binary digit of P: the fused multiply-add has to go.
 constexpr float kLargeScore = 1 << 24;
 
+struct RowFlags {
+  bool x[2] = {false, false};
+};
+
 // What accumulated rows are to be multiplied by.
 struct RowFactors {
   float x[2] = {1, 1};
@@ -33,7 +37,7 @@ __device__ __forceinline__ void rescale(Accumulator<1, N>& o, const RowFactors& 
 // Results of a row depend on that row alone.
 template <bool kGeneral, int N>
 __device__ __forceinline__ RowFactors follow_maximum(RowStates<1, kGeneral>& states, Accumulator<1, N>& s,
-                                                     float scale_log2, const bool (&keep)[2]) {
+                                                     float scale_log2, const RowFlags& keep) {
   RowFactors factors;
   float scale[2] = {scale_log2, scale_log2};
   bool large = false;
@@ -42,7 +46,7 @@ __device__ __forceinline__ RowFactors follow_maximum(RowStates<1, kGeneral>& sta
 #pragma unroll
     for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
     x = cuda::quad_max(x);
-    if (keep[half]) x = minus_infinity<float>();
+    if (keep.x[half]) x = minus_infinity<float>();
     factors.x[half] = states.x[m][half].update_max(kGeneral ? x : x * scale_log2);
     large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
   });
@@ -71,11 +75,11 @@ __device__ __forceinline__ RowFactors follow_maximum(RowStates<1, kGeneral>& sta
   return factors;
 }
 
-// The same with the m that is there. Where that is too low for a row of the warp, `states` stay as they were, s is
-// spoilt, and follow_maximum has to do the block, with the scores anew and the rows that were fine kept.
-template <int N>
+// The same with the m that is there. Where that is too low for some row of the warp, `states` stay as they were, and
+// redo(keep) has to do the block with follow_maximum, for which it needs the scores anew. Whether it had to.
+template <int N, class Redo>
 __device__ __forceinline__ bool keep_maximum(RowStates<1, false>& states, Accumulator<1, N>& s, float scale_log2,
-                                             bool (&fine)[2]) {
+                                             Redo&& redo) {
   float sums[2];
   s.for_each_row([&](int m, int half) {
     const float reference = states.x[m][half].m;
@@ -94,13 +98,13 @@ __device__ __forceinline__ bool keep_maximum(RowStates<1, false>& states, Accumu
     return (sums[half] < kMaxStaleSum) & (fabsf(states.x[0][half].m) <= kLargeScore);
   };
   if (__any_sync(0xffffffffu, !(is_fine(0) & is_fine(1)))) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) fine[half] = cuda::quad_max(is_fine(half) ? 0.0f : 1.0f) == 0.0f;
-    return false;
+    const auto fine_in_quad = [&](int half) { return cuda::quad_max(is_fine(half) ? 0.0f : 1.0f) == 0.0f; };
+    redo(RowFlags{fine_in_quad(0), fine_in_quad(1)});
+    return true;
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) states.x[0][half].l += sums[half];
-  return true;
+  return false;
 }
 
 }  // namespace fae::sm90

@@ -12,22 +12,31 @@ using cuda::lane_index;
 using cuda::SharedTile;
 using cuda::warp_index;
 
-// How wgmma finds an operand with the 128-byte swizzle. stride: bytes from eight rows (of an operand stored by columns:
-// eight columns) to the next eight. leading: bytes from 64 columns (rows) to the next 64, where it crosses those.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | kStride >> 4 << 32 | kSwizzle128;
-}
+// Where wgmma finds an operand with the 128-byte swizzle. From eight rows (of an operand that is stored by columns:
+// eight columns) to the next eight are 1024 bytes; leading: bytes from 64 columns (rows) to the next 64, where one
+// product crosses those. Only the lower half changes from step to step.
+class Descriptor {
+ public:
+  __device__ __forceinline__ Descriptor(uint32_t address, int leading = 16)
+      : low_((address & 0x3ffff) >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
+    return kSwizzle128 | kStride >> 4 << 32 | (low_ + (bytes >> 4));
+  }
+
+ private:
+  uint32_t low_;
+};
 
 // S = A B^T, started. A: 64 rows, B: 8 N rows.
 template <class A, class B, int N>
 __device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
   static_assert(A::kRows == 64 && B::kRows == 8 * N && A::kBlocks == B::kBlocks);
-  const uint64_t a0 = descriptor(a.base, 16), b0 = descriptor(b.base, 16);
+  const Descriptor a0(a.base), b0(b.base);
 #pragma unroll
   for (int k = 0; k < A::kCols / 16; ++k) {
-    const auto offset = [&](int rows) { return (k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32) >> 4; };
-    multiply_async(s.x[0], a0 + offset(A::kRows), b0 + offset(B::kRows), k > 0, typename A::Element{});
+    const auto step = [&](int rows) { return k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32; };
+    multiply_async(s.x[0], a0.at(step(A::kRows)), b0.at(step(B::kRows)), k > 0, typename A::Element{});
   }
   commit_products();
 }
@@ -36,10 +45,10 @@ __device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a,
 template <class V, int N, int kSteps>
 __device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
   static_assert(V::kRows == 16 * kSteps && V::kCols == 8 * N);
-  const uint64_t v0 = descriptor(v.base, V::kRows * cuda::kSwizzleBytes);
+  const Descriptor v0(v.base, V::kRows * cuda::kSwizzleBytes);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k)
-    multiply_async(o.x[0], p[k], v0 + (k * 16 * cuda::kSwizzleBytes >> 4), true, typename V::Element{});
+    multiply_async(o.x[0], p[k], v0.at(k * 16 * cuda::kSwizzleBytes), true, typename V::Element{});
   commit_products();
 }
 
