@@ -49,6 +49,8 @@ std::vector<std::string> declines(const Problem& p) {
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) reasons.push_back("it takes bfloat16 and float16");
   if (std::max(p.head_dim, p.head_dim_v) > 256) reasons.push_back("it takes head dims up to 256");
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) reasons.push_back("it takes head dims that are multiples of 8");
+  if (p.batch * p.heads * (p.max_seqlen_q / 64 + 1) >= int64_t{1} << 30)
+    reasons.push_back("it takes fewer than 2^30 blocks of 64 query rows");
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k;
   if (rows_k == 0) reasons.push_back("it takes one key or more");

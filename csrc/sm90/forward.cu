@@ -120,16 +120,12 @@ class Loader {
         first_(lane_index() == 0) {}
 
   __device__ void run() {
-    const int64_t tiles = call_.schedule.size();
-    int64_t next = 0;
+    const int tiles = static_cast<int>(call_.schedule.size()), blocks = static_cast<int>(gridDim.x);
+    int next = 0;
 #pragma unroll 1
-    for (int64_t index = blockIdx.x; index < tiles; index = next) {
-      if (call_.counter) {
-        int taken = first_ ? atomicAdd(call_.counter, 1) : 0;
-        next = static_cast<int64_t>(gridDim.x) + __shfl_sync(0xffffffffu, taken, 0);
-      } else {
-        next = index + gridDim.x;
-      }
+    for (int index = static_cast<int>(blockIdx.x); index < tiles; index = next) {
+      next = index + blocks;
+      if (call_.counter) next = blocks + uniform(first_ ? atomicAdd(call_.counter, 1) : 0);
       load(call_.schedule[index]);
     }
     load_waiting_v();
@@ -332,18 +328,22 @@ class Computer {
       return true;
     }
     skip(all.end - mine.end);
-    int block = mine.end - 1;
-    first_step(block, !mine.is_full(block));
-    --block;
+    first_step(mine.end - 1, !mine.is_full(mine.end - 1));
+    int block = mine.end - 2;
 #pragma unroll 1
     for (; block >= mine.full_end; --block) step<true>(block);
 #pragma unroll 1
-    for (; block >= mine.full_begin; --block) step<false>(block);
-#pragma unroll 1
-    for (const int begin = my_blocks(work()).begin; block >= begin; --block) step<true>(block);
-    last_step();
-    skip(block + 1 - blocks_of_all(work()).begin);
+    for (int left = block - mine.full_begin; left >= 0; --left) step<false>(block);
+    finish_blocks();
     return true;
+  }
+  // The blocks below those that every row sees whole.
+  __device__ __forceinline__ void finish_blocks() {
+    const KeyBlocks<int> all = blocks_of_all(work()), mine = my_blocks(work());
+#pragma unroll 1
+    for (int block = min(mine.end - 2, mine.full_begin - 1); block >= mine.begin; --block) step<true>(block);
+    last_step();
+    skip(mine.begin - all.begin);
   }
 
   // Blocks that only other warpgroups' rows see.
