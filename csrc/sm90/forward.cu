@@ -124,9 +124,9 @@ class Loader {
     int next = 0;
 #pragma unroll 1
     for (int index = static_cast<int>(blockIdx.x); index < tiles; index = next) {
-      next = index + blocks;
-      if (call_.counter) next = blocks + uniform(first_ ? atomicAdd(call_.counter, 1) : 0);
+      const int taken = call_.counter && first_ ? atomicAdd(call_.counter, 1) : 0;
       load(call_.schedule[index]);
+      next = call_.counter ? blocks + uniform(taken) : index + blocks;
     }
     load_waiting_v();
     publish({.batch = -1}, false);
@@ -157,8 +157,10 @@ class Loader {
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
       load_k(keys, block);
-      load_waiting_v();
+      // Where there is one place for Q, it becomes free with the tile that waits for its last V.
+      if (Config::kStagesQ == 1) load_waiting_v();
       if (block == blocks.end - 1) publish(work, true);
+      load_waiting_v();
       waiting_ = keys;
       waiting_block_ = block;
     }
@@ -516,7 +518,10 @@ class Computer {
 template <class T, class Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardCall call) {
   const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
-  if (threadIdx.x == 0) memory.init_barriers();
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.out}) prefetch(*map);
+    memory.init_barriers();
+  }
   __syncthreads();
   const int warp = uniform(warp_index());
   if (warp < 4) {
