@@ -82,6 +82,8 @@ def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
     (build,) = build_folders()
     logs = {log.name: log.read_text() for log in build.glob("ptxas/*.log")}
     folders = {"cuda": ["fae_cuda_kernels"], "sm80": [f"fae_sm80_{dim}" for dim in (64, 128, 192, 256, 512)]}
+    if any("sm90" in name for name in logs):  # 9.0a is among the architectures
+        folders["sm90"] = [f"fae_sm90_{dim}" for dim in (64, 128, 192, 256)]
     expected = {
         f"{target}.{source.name}.log"
         for folder, targets in folders.items()
@@ -99,7 +101,8 @@ def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
             plain &= not attention or attention[1] != "bias_gradient"
             # Score terms and float32 keep more values than there are registers; what they spill, beside thousands of
             # instructions of a block of keys, is not to grow.
-            assert max(map(int, stored_and_loaded)) <= (0 if plain else 336), f"{name}: {kernel} {stored_and_loaded}"
+            limit = 0 if plain else 640 if "sm90" in name else 336
+            assert max(map(int, stored_and_loaded)) <= limit, f"{name}: {kernel} {stored_and_loaded}"
 
 
 def test_ptxas_launcher_fails_on_serialised_wgmma(tmp_path: Path) -> None:
