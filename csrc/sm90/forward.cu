@@ -67,7 +67,7 @@ class Computer {
 #pragma unroll 1
     for (; block >= mine.full_end; --block) step<true>(block);
 #pragma unroll 1
-    for (int left = block - mine.full_begin; left >= 0; --left) step<false>(block);
+    for (int left = block - mine.full_begin; left >= 0; --left, --block) step<false>(block);
     finish_blocks();
     return true;
   }
