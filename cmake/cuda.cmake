@@ -1,5 +1,5 @@
 # Decides whether CUDA is built (FAE_CUDA becomes ON or OFF) and for which architectures (FAE_CUDA_ARCHITECTURES, in
-# CMake's notation, of the folders that are not for one architecture only).
+# CMake's notation, of the folders that are not for one architecture only). FAE_SM90: whether 9.0a is among them.
 
 if(FAE_CUDA STREQUAL "AUTO" OR FAE_CUDA)
   find_program(FAE_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
@@ -30,6 +30,7 @@ if(NOT architectures)
 endif()
 string(REPLACE " " ";" architectures "${architectures}")
 set(FAE_CUDA_ARCHITECTURES "")
+set(FAE_SM90 OFF)
 foreach(architecture IN LISTS architectures)
   if(NOT architecture MATCHES "^([0-9]+)\\.([0-9])[af]?(\\+PTX)?$")
     message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: \"${architecture}\" is not like 8.0, 9.0a or 9.0+PTX")
@@ -37,6 +38,9 @@ foreach(architecture IN LISTS architectures)
   list(APPEND FAE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real)
   if(CMAKE_MATCH_3)
     list(APPEND FAE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-virtual)
+  endif()
+  if(architecture MATCHES "^9\\.0a")
+    set(FAE_SM90 ON)
   endif()
 endforeach()
 list(REMOVE_DUPLICATES FAE_CUDA_ARCHITECTURES)

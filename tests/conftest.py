@@ -25,10 +25,11 @@ ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
 MATRIX_LEVELS = ("amx", "amx_emulated")
 
 EMULATOR = Path(flash_attn_ext.__file__).parent / "libflash_attn_ext_emulator.so"
-EMULATED: tuple[str, ...] = ()  # backends
+# By name, the backends that are then enabled: what the first does not take, the next one does.
+EMULATED: dict[str, list[str]] = {}
 if EMULATOR.exists():
     ctypes.CDLL(str(EMULATOR))
-    EMULATED = ("sm80_emulated",)
+    EMULATED = {"sm80_emulated": ["sm80_emulated"], "sm90_emulated": ["sm90_emulated", "sm80_emulated"]}
 
 # Under the sanitizers one takes several times as long.
 EXAMPLES = int(os.environ.get("FAE_TEST_EXAMPLES", "200" if SANITIZED else "2000"))
@@ -47,6 +48,7 @@ settings.load_profile("problems")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "cpu: float64, which runs on the CPU only")
+    config.addinivalue_line("markers", "one_kernel: compares bits of layouts, some of which sm90 leaves to sm80")
     config.addinivalue_line("markers", "large: takes the emulator minutes, and is left out there")
 
 
@@ -67,6 +69,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parameters = []
     marked = metafunc.definition.get_closest_marker
     gpus = () if marked("cpu") else ("cuda",) if marked("large") else ("cuda", *EMULATED)
+    if marked("one_kernel"):
+        gpus = tuple(place for place in gpus if place != "sm90_emulated")
     for place in (*(f"cpu-{level}" for level in CPU_LEVELS), *gpus):
         marks = [pytest.mark.gpu] if place == "cuda" else []
         if not with_dtype:
@@ -97,9 +101,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         sizes = {"batch": 1, "seqlen_q": 9, "seqlen_k": 9, "heads": 1, "heads_kv": 1, "head_dim": 64, "head_dim_v": 64}
         if not any(entry["accepted"] for entry in _C.explain(device="cuda", dtype="float16", **sizes)):
             pytest.skip("this build has no attention kernels for CUDA")
+        _C.set_backends(["sm80"] if request.node.get_closest_marker("one_kernel") else [])
         yield "cuda"
+        _C.set_backends([])
     elif request.param in EMULATED:
-        _C.set_backends([request.param])
+        _C.set_backends(EMULATED[request.param])
         yield "cpu"
         _C.set_backends([])
     else:

@@ -22,11 +22,18 @@ def assert_same_bits(case: Case, other: Case, device: str) -> None:
         assert torch.equal(got[name], t), name
 
 
+@pytest.mark.one_kernel
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("contiguous", "expanded")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layout_of_inputs(device: str, dtype: torch.dtype, case: Case, layout: str) -> None:
     case = case.but(dtype=dtype)
     assert_same_bits(case, case.but(layout=layout), device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_meets_the_oracle(device: str, dtype: torch.dtype, layout: str) -> None:
+    """Whichever kernel a layout leads to."""
+    check(Case(batch=2, seqlen_q=140, seqlen_k=275, window_right=0, layout=layout, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in DOUT_LAYOUTS if layout not in ("contiguous", "scalar")])
@@ -42,6 +49,7 @@ def test_expanded_heads(device: str, dtype: torch.dtype, case: Case) -> None:
     check(case.but(dtype=dtype, layout="expanded", dout_layout="scalar"), device)
 
 
+@pytest.mark.one_kernel
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "head"])
 def test_expanded(device: str, dtype: torch.dtype, dim: int) -> None:
     """Stride 0 over any dimension, of all three inputs, gives what a copy gives."""
@@ -77,6 +85,7 @@ def test_layout_of_score_matrices(device: str, dtype: torch.dtype, name: str, la
         assert torch.equal(got[result], value), result
 
 
+@pytest.mark.one_kernel
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
 def test_unaligned_storage(device: str, dtype: torch.dtype, offset: int) -> None:
     """Data that starts at any element of its storage: no kernel may count on alignment."""

@@ -40,6 +40,7 @@ struct Backend {
 
   size_t (*forward_workspace)(const Problem&, int threads) = nullptr;
   void (*forward)(const Problem&, const Execution&) = nullptr;
+  // Null: the backend has no backward, and the next one takes it.
   size_t (*backward_workspace)(const BackwardProblem&, int threads) = nullptr;
   void (*backward)(const BackwardProblem&, const Execution&) = nullptr;
 };

@@ -43,12 +43,29 @@ void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void* s
                            " bytes of shared memory: " + cudaGetErrorString(error));
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+inline void clear(void* p, size_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("flash_attn_ext: memory was not cleared: ") + cudaGetErrorString(error));
+}
+
 #else
 
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void*, std::type_identity_t<Args>... args) {
   emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(args...); });
 }
+
+inline int multiprocessors() { return 3; }  // few enough for blocks that stay to have several tiles each
+inline void clear(void* p, size_t bytes, void*) { std::memset(p, 0, bytes); }
 
 #endif
 

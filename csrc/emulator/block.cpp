@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -30,13 +31,36 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
   const char* waiting = nullptr;  // the operation it waits in; null: runnable
+  uint32_t barrier = 0;           // that it waits for, and the parity of the phase; `waiting` says whether
+  int parity = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
+  std::vector<BoxCopy> open_stores;
+  std::deque<std::vector<BoxCopy>> stores;
 };
 
 struct Warp {
   int arrived = 0;
   LaneOperands operands[kWarpThreads];
+  std::vector<std::function<void()>> open_group;
+  std::deque<std::vector<std::function<void()>>> groups;
+};
+
+struct Barrier {
+  int count = 0, missing = 0;
+  int64_t missing_bytes = 0;
+  unsigned phase = 0;
+
+  void end_phase_if_complete() {
+    if (missing != 0 || missing_bytes != 0) return;
+    ++phase;
+    missing = count;
+  }
+};
+
+struct BoxLoad {
+  BoxCopy copy;
+  uint32_t barrier;
 };
 
 struct Block {
@@ -47,6 +71,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   int at_barrier = 0, live = 0;
+  std::map<uint32_t, Barrier> barriers;  // by their place in shared memory
+  std::deque<BoxLoad> loads;             // that have not arrived
 
   Fiber* running = nullptr;
   unsigned running_index = 0;
@@ -55,15 +81,19 @@ struct Block {
 
 Block* block = nullptr;
 const char* const kBarrier = "__syncthreads";
+const char* const kMemoryBarrier = "mbarrier";
 
-[[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "emulator: kernel %s, block %u, thread %u: %s\n", block->kernel_name, block->index,
-               block->running_index, what.c_str());
-  for (size_t i = 0; i < block->fibers.size(); i += 1) {
-    const Fiber& f = *block->fibers[i];
-    if (!f.done && f.waiting) std::fprintf(stderr, "  thread %zu waits in %s\n", i, f.waiting);
-  }
-  std::abort();
+Barrier& barrier_at(uint32_t offset) {
+  const auto found = block->barriers.find(offset);
+  if (found == block->barriers.end()) fail("no mbarrier at " + std::to_string(offset));
+  return found->second;
+}
+
+// A phase has ended when the barrier is in one of the other parity.
+bool has_ended(uint32_t offset, int parity) { return static_cast<int>(barrier_at(offset).phase % 2) != parity; }
+
+bool can_run(const Fiber& f) {
+  return !f.done && (!f.waiting || (f.waiting == kMemoryBarrier && has_ended(f.barrier, f.parity)));
 }
 
 void suspend() {
@@ -72,6 +102,7 @@ void suspend() {
 
 void enter_fiber() {
   (*block->kernel)();
+  if (!block->running->stores.empty() || !block->running->open_stores.empty()) fail("it leaves stores behind");
   block->running->done = true;
   --block->live;
   _longjmp(block->scheduler, 1);
@@ -93,11 +124,49 @@ void prepare_fiber(Fiber& f) {
   f.waiting = nullptr;
   f.open_group.clear();
   f.groups.clear();
+  f.open_stores.clear();
+  f.stores.clear();
   getcontext(&f.start);
   f.start.uc_stack.ss_sp = f.stack.get();
   f.start.uc_stack.ss_size = kStackBytes;
   f.start.uc_link = nullptr;
   makecontext(&f.start, enter_fiber, 0);
+}
+
+// f(shared address, global address or null) for every 16 bytes of a box.
+template <class F>
+void for_each_chunk(const BoxCopy& copy, F&& f) {
+  const TensorMap& map = *copy.map;
+  const int row_bytes = map.box_cols * map.element_size;
+  if (copy.shared_offset % 128 != 0 || row_bytes > 128) fail("a box that the swizzle does not fit");
+  for (int row = 0; row < map.box_rows; ++row)
+    for (int byte = 0; byte < row_bytes; byte += 16) {
+      const int64_t position[4] = {copy.position[0] + byte / map.element_size, int64_t{copy.position[1]} + row,
+                                   copy.position[2], copy.position[3]};
+      char* global = map.data;
+      for (int d = 0; global && d < 4; ++d) {
+        global += position[d] * map.strides[d];
+        if (position[d] < 0 || position[d] >= map.extents[d]) global = nullptr;
+      }
+      const uint32_t plain = copy.shared_offset + static_cast<uint32_t>(row * 128 + byte);
+      f(shared_bytes(plain ^ (plain >> 7 & 7) << 4, 16), global);
+    }
+}
+
+void deliver_load(bool newest) {
+  const BoxLoad load = newest ? block->loads.back() : block->loads.front();
+  newest ? block->loads.pop_back() : block->loads.pop_front();
+  int bytes = 0;
+  for_each_chunk(load.copy, [&](char* shared, const char* global) {
+    if (global)
+      std::memcpy(shared, global, 16);
+    else
+      std::memset(shared, 0, 16);
+    bytes += 16;
+  });
+  Barrier& barrier = barrier_at(load.barrier);
+  barrier.missing_bytes -= bytes;
+  barrier.end_phase_if_complete();
 }
 
 // Lets every thread run as far as it gets, a warp at a time, until all have returned.
@@ -111,8 +180,7 @@ void run_block(bool backward) {
         moved = false;
         for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
           const unsigned index = warp * kWarpThreads + lane;
-          const Fiber& f = *block->fibers[index];
-          if (f.done || f.waiting) continue;
+          if (!can_run(*block->fibers[index])) continue;
           resume(index);
           moved = progress = true;
         }
@@ -122,6 +190,10 @@ void run_block(bool backward) {
       block->at_barrier = 0;
       for (const auto& f : block->fibers)
         if (f->waiting == kBarrier) f->waiting = nullptr;
+      progress = true;
+    }
+    if (!progress && !block->loads.empty()) {
+      deliver_load(backward);
       progress = true;
     }
     if (!progress) fail("no thread can go on");
@@ -185,6 +257,73 @@ char* shared_bytes(uint32_t offset, int bytes) {
   return block->shared.data() + offset;
 }
 
+void fail(const std::string& what) {
+  std::fprintf(stderr, "emulator: kernel %s, block %u, thread %u: %s\n", block->kernel_name, block->index,
+               block->running_index, what.c_str());
+  std::string before;
+  for (size_t i = 0; i < block->fibers.size(); ++i) {
+    const Fiber& f = *block->fibers[i];
+    std::string where = f.done ? "has returned" : f.waiting ? std::string("waits in ") + f.waiting : "can run";
+    if (f.waiting == kMemoryBarrier)
+      where += " at " + std::to_string(f.barrier) + " for parity " + std::to_string(f.parity);
+    if (where != before) std::fprintf(stderr, "  from thread %zu on: %s\n", i, where.c_str());
+    before = where;
+  }
+  std::abort();
+}
+
+void init_barrier(uint32_t offset, int count) {
+  shared_bytes(offset, 8);
+  block->barriers[offset] = {.count = count, .missing = count};
+}
+
+void arrive_at_barrier(uint32_t offset, int expected_bytes) {
+  Barrier& barrier = barrier_at(offset);
+  if (barrier.missing == 0) fail("one arrival too many at the mbarrier at " + std::to_string(offset));
+  --barrier.missing;
+  barrier.missing_bytes += expected_bytes;
+  barrier.end_phase_if_complete();
+}
+
+void wait_for_barrier(uint32_t offset, int parity) {
+  if (has_ended(offset, parity)) return;
+  Fiber& f = *block->running;
+  f.waiting = kMemoryBarrier;
+  f.barrier = offset;
+  f.parity = parity;
+  suspend();
+  f.waiting = nullptr;
+}
+
+void load_box_later(const BoxCopy& copy, uint32_t barrier) { block->loads.push_back({copy, barrier}); }
+void store_box_later(const BoxCopy& copy) { block->running->open_stores.push_back(copy); }
+void close_store_group() {
+  block->running->stores.push_back(std::move(block->running->open_stores));
+  block->running->open_stores.clear();
+}
+void wait_for_stores(int groups_left) {
+  auto& groups = block->running->stores;
+  for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
+    for (const BoxCopy& copy : groups.front())
+      for_each_chunk(copy, [](const char* shared, char* global) {
+        if (global) std::memcpy(global, shared, 16);
+      });
+}
+
+void defer(std::function<void()> work) {
+  block->warps[block->running_index / kWarpThreads].open_group.push_back(std::move(work));
+}
+void close_deferred_group() {
+  Warp& warp = block->warps[block->running_index / kWarpThreads];
+  warp.groups.push_back(std::move(warp.open_group));
+  warp.open_group.clear();
+}
+void wait_for_deferred(int groups_left) {
+  auto& groups = block->warps[block->running_index / kWarpThreads].groups;
+  for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
+    for (const auto& work : groups.front()) work();
+}
+
 void run_grid(const char* name, int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
@@ -209,8 +348,12 @@ void run_grid(const char* name, int64_t blocks, int threads, size_t shared, cons
     state.index = static_cast<unsigned>(i);
     state.shared.assign(shared, static_cast<char>(0xff));
     state.live = threads;
+    state.barriers.clear();
     for (const auto& f : state.fibers) prepare_fiber(*f);
     run_block(backward);
+    if (!state.loads.empty()) fail("a tensor copy arrives after the block's end");
+    for (const Warp& warp : state.warps)
+      if (!warp.groups.empty() || !warp.open_group.empty()) fail("a warp leaves products behind");
   }
   stacks = std::move(state.fibers);
   for (auto& f : spare) stacks.push_back(std::move(f));

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 // A software model of one CUDA thread block, so that a machine without a GPU can run the kernels. Every CUDA thread is
@@ -10,7 +11,9 @@
 // Blocks run one after the other, in the order of their index.
 //
 // What goes wrong only sometimes on a GPU goes wrong here every time:
-// - Asynchronous copies happen when they are waited for, not before.
+// - Asynchronous copies and products happen when they are waited for, not before: operands that are overwritten too
+// early
+//   and results that are read too early are wrong. Tensor copies arrive only when no thread can go on without them.
 // - Shared memory starts out as NaN.
 // - The lanes of a warp must meet in the same operation: anything else aborts and says where each one is.
 // - FAE_EMULATOR_ORDER=backward runs the warps in the opposite order, which shows missing barriers.
@@ -49,6 +52,37 @@ void wait_for_copies(int groups_left);
 
 // `bytes` of shared memory at an offset; aborts where that is outside.
 char* shared_bytes(uint32_t offset, int bytes);
+
+// Reports a mistake of the kernel and where every thread is, and aborts.
+[[noreturn]] void fail(const std::string& what);
+
+// mbarrier: its phase ends when `count` threads have arrived and all bytes that are expected have come.
+void init_barrier(uint32_t offset, int count);
+void arrive_at_barrier(uint32_t offset, int expected_bytes);
+void wait_for_barrier(uint32_t offset, int parity);
+
+// A tensor of up to four dimensions, the first one contiguous, and the box of it (of two dimensions) that a copy moves.
+struct TensorMap {
+  char* data = nullptr;
+  int64_t extents[4] = {}, strides[4] = {};  // in elements and in bytes
+  int element_size = 0, box_cols = 0, box_rows = 0;
+};
+struct BoxCopy {
+  const TensorMap* map;
+  int position[4];
+  uint32_t shared_offset;
+};
+// To shared memory (128-byte swizzle, zeros where the tensor ends), counted by a barrier; and back to the tensor, in
+// groups of the thread that starts it.
+void load_box_later(const BoxCopy& copy, uint32_t barrier);
+void store_box_later(const BoxCopy& copy);
+void close_store_group();
+void wait_for_stores(int groups_left);
+
+// Work of the running warp that happens when it waits for it; for use inside of a WarpOperation.
+void defer(std::function<void()> work);
+void close_deferred_group();
+void wait_for_deferred(int groups_left);
 
 // Runs `kernel` on every thread of a grid of one dimension.
 void run_grid(const char* name, int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel);

@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> forward(Inputs in) {
   Problem p = problem_of(in, extents);
   p.out = tensor_view(out);
   p.lse = stats_view(lse);
-  const Backend& backend = choose_backend("forward", p, in.q.is_cuda());
   Runner runner(in.q);
+  const Backend& backend = choose_backend(p, in.q.is_cuda(), false);
   backend.forward(p, runner.execution(backend.forward_workspace(p, runner.threads())));
   return {out, lse};
 }
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   if (g.bias_requires_grad) p.dbias = score_view(dbias);
   if (in.sinks) p.dsinks = dsinks.data_ptr();
   p.deterministic = g.deterministic;
-  const Backend& backend = choose_backend("backward", p, in.q.is_cuda());
   Runner runner(in.q);
+  const Backend& backend = choose_backend(p, in.q.is_cuda(), true);
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));
   return {dq, dk, dv, dbias, dsinks};
 }

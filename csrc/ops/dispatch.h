@@ -24,11 +24,12 @@ struct Candidate {
   std::vector<std::string> reasons;  // why it does not take the call; empty: it does
 };
 
-// Every backend, in dispatch order.
-FAE_API std::vector<Candidate> candidates(const Problem& p, bool cuda);
+// Every backend, in dispatch order, and what it says to the call or to its backward.
+FAE_API std::vector<Candidate> candidates(const Problem& p, bool cuda, bool backward);
 
-// Throws std::runtime_error with all reasons of all backends where none takes the call.
-const Backend& choose_backend(const char* op, const Problem& p, bool cuda);
+// Throws std::runtime_error with all reasons of all backends where none takes the call. The current device is that of
+// the tensors.
+const Backend& choose_backend(const Problem& p, bool cuda, bool backward);
 
 // Kernels of softmax and merge on the CPU or the CUDA devices.
 const RowwiseKernels& rowwise_kernels(bool cuda);

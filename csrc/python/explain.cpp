@@ -31,7 +31,7 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
                               bool backward) {
   if (device != "cpu" && device != "cuda")
     throw std::invalid_argument("device must be 'cpu' or 'cuda', got '" + device + "'");
-  static int64_t given[2] = {};  // stands for every tensor that is given; never read
+  alignas(16) static int64_t given[2] = {};  // stands for every tensor that is given; never read
   Problem p;
   p.dtype = dtype_named(dtype);
   p.batch = batch;
@@ -41,7 +41,13 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   p.head_dim_v = head_dim_v;
   p.max_seqlen_q = seqlen_q;
   p.max_seqlen_k = seqlen_k;
-  for (TensorView* t : {&p.q, &p.k, &p.v, &p.out}) t->data = given;
+  const auto contiguous = [&](int64_t rows, int64_t row_heads, int64_t dim) {
+    return TensorView{given, packed ? 0 : rows * row_heads * dim, row_heads * dim, dim};
+  };
+  p.q = contiguous(seqlen_q, heads, head_dim);
+  p.k = contiguous(seqlen_k, heads_kv, head_dim);
+  p.v = contiguous(seqlen_k, heads_kv, head_dim_v);
+  p.out = contiguous(seqlen_q, heads, head_dim_v);
   p.lse.data = given;
   const auto* lengths = reinterpret_cast<const int32_t*>(given);
   if (packed) {
@@ -64,7 +70,7 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   p.deterministic = deterministic;
 
   std::vector<py::dict> entries;
-  for (const ops::Candidate& candidate : ops::candidates(p, device == "cuda")) {
+  for (const ops::Candidate& candidate : ops::candidates(p, device == "cuda", backward)) {
     const bool accepted = candidate.reasons.empty();
     py::object kernel = py::none();
     if (accepted) kernel = py::str(candidate.backend->describe(p, backward));

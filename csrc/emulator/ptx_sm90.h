@@ -1,0 +1,185 @@
+#pragma once
+
+#include "device.h"
+
+// The functions of sm90/ptx.h on the software model.
+
+namespace fae::sm90 {
+
+using TensorMap = emulator::TensorMap;
+
+inline void init_barrier(uint32_t barrier, int count) { emulator::init_barrier(barrier, count); }
+inline void fence_barrier_init() {}
+inline void arrive(uint32_t barrier) { emulator::arrive_at_barrier(barrier, 0); }
+inline void arrive_if(uint32_t barrier, bool condition) {
+  if (condition) emulator::arrive_at_barrier(barrier, 0);
+}
+inline void arrive_expecting(uint32_t barrier, int bytes) { emulator::arrive_at_barrier(barrier, bytes); }
+inline void wait(uint32_t barrier, uint32_t parity) { emulator::wait_for_barrier(barrier, static_cast<int>(parity)); }
+
+inline void prefetch(const TensorMap&) {}
+inline void load_box(uint32_t address, const TensorMap& map, int col, int row, int head, int batch, uint32_t barrier) {
+  emulator::load_box_later({&map, {col, row, head, batch}, address}, barrier);
+}
+inline void store_box(const TensorMap& map, int col, int row, int head, int batch, uint32_t address) {
+  emulator::store_box_later({&map, {col, row, head, batch}, address});
+}
+inline void commit_stores() { emulator::close_store_group(); }
+template <int kLeft>
+void wait_stores_read() {
+  emulator::wait_for_stores(kLeft);
+}
+template <int kLeft>
+void wait_stores() {
+  emulator::wait_for_stores(kLeft);
+}
+inline void fence_async_proxy() {}
+
+template <int kRegisters>
+void give_registers_back() {}
+template <int kRegisters>
+void take_registers() {}
+inline int opaque(int x) { return x; }
+
+inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  struct In {
+    uint32_t address;
+    const uint32_t* x;
+  } const in{address, x};
+  emulator::warp_operation(
+      "stmatrix",
+      [](const emulator::LaneOperands(&lanes)[32]) {
+        for (int matrix = 0; matrix < 4; ++matrix)
+          for (int lane = 0; lane < 32; ++lane) {
+            const uint32_t row = static_cast<const In*>(lanes[8 * matrix + lane / 4].in)->address;
+            std::memcpy(emulator::shared_bytes(row, 16) + lane % 4 * 4,
+                        &static_cast<const In*>(lanes[lane].in)->x[matrix], 4);
+          }
+      },
+      &in, nullptr);
+}
+
+// ---- wgmma: each warp does its 16 rows of the product when it waits for it ------------------------------------------
+
+// What the hardware reads of a descriptor.
+struct DecodedDescriptor {
+  uint32_t start, leading, stride;
+
+  explicit DecodedDescriptor(uint64_t d)
+      : start(static_cast<uint32_t>(d & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(d >> 16 & 0x3fff) << 4),
+        stride(static_cast<uint32_t>(d >> 32 & 0x3fff) << 4) {
+    if (d >> 62 != 1 || (d >> 49 & 7) != 0)
+      emulator::fail("a descriptor that is not for 1024-byte aligned 128-byte swizzle");
+  }
+  // Element k of row r of an operand that is stored by rows ("K-major"), and of one that is stored by columns.
+  template <class T>
+  T straight(int r, int k) const {
+    return at<T>(start + r / 8 * stride + r % 8 * 128 + k * 2);
+  }
+  template <class T>
+  T transposed(int r, int k) const {
+    return at<T>(start + r / 64 * leading + k / 8 * stride + k % 8 * 128 + r % 64 * 2);
+  }
+
+ private:
+  template <class T>
+  static T at(uint32_t plain) {
+    T x;
+    std::memcpy(&x, emulator::shared_bytes(plain ^ (plain >> 7 & 7) << 4, 2), 2);
+    return x;
+  }
+};
+
+inline void begin_products() {}
+inline void commit_products() {
+  emulator::warp_operation(
+      "wgmma.commit_group", [](const auto&) { emulator::close_deferred_group(); }, nullptr, nullptr);
+}
+template <int kLeft>
+void wait_products() {
+  emulator::warp_operation(
+      "wgmma.wait_group", [](const auto&) { emulator::wait_for_deferred(kLeft); }, nullptr, nullptr);
+}
+template <class X>
+void fence_registers(X&) {}
+
+inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline float as_float(__half x) { return __half2float(x); }
+
+// One k16 step of a warp: `a` names elements of its 16 rows, `b` of N columns.
+template <int N, class A, class B>
+void multiply_step(float* const (&d)[32], bool accumulate, const A& a, const B& b) {
+  float left[16][16], right[16][8 * N];
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k) left[i][k] = as_float(a(i, k));
+  for (int j = 0; j < 8 * N; ++j)
+    for (int k = 0; k < 16; ++k) right[k][j] = as_float(b(j, k));
+  for (int i = 0; i < 16; ++i) {
+    float sum[8 * N] = {};
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 8 * N; ++j) sum[j] += left[i][k] * right[k][j];
+    for (int j = 0; j < 8 * N; ++j) {
+      float& x = d[i % 8 * 4 + j % 8 / 2][4 * (j / 8) + i / 8 * 2 + j % 2];
+      x = accumulate ? x + sum[j] : sum[j];
+    }
+  }
+}
+
+template <int N>
+struct ProductOperands {
+  float* d;
+  const uint32_t* a_registers;  // null: a_descriptor
+  uint64_t a_descriptor, b_descriptor;
+  bool accumulate;
+};
+
+template <class T, int N>
+void start_product(const ProductOperands<N>& operands) {
+  emulator::warp_operation(
+      "wgmma",
+      [](const emulator::LaneOperands(&lanes)[32]) {
+        struct Step {
+          float* d[32];
+          const uint32_t* a[32];
+          ProductOperands<N> first;
+          int row;
+        } step;
+        for (int i = 0; i < 32; ++i) {
+          const auto& lane = *static_cast<const ProductOperands<N>*>(lanes[i].in);
+          step.d[i] = lane.d;
+          step.a[i] = lane.a_registers;
+          step.first = lane;
+        }
+        step.row = static_cast<int>(emulator::thread_index().x) / 32 % 4 * 16;
+        emulator::defer([step] {
+          const DecodedDescriptor b(step.first.b_descriptor);
+          if (step.first.a_registers) {
+            const auto a = [&](int i, int k) {
+              T x;
+              const uint32_t* words = step.a[i % 8 * 4 + k % 8 / 2];
+              std::memcpy(&x, reinterpret_cast<const char*>(&words[i / 8 + k / 8 * 2]) + k % 2 * 2, 2);
+              return x;
+            };
+            multiply_step<N>(step.d, step.first.accumulate, a, [&](int j, int k) { return b.transposed<T>(j, k); });
+          } else {
+            const DecodedDescriptor a(step.first.a_descriptor);
+            multiply_step<N>(
+                step.d, step.first.accumulate, [&](int i, int k) { return a.straight<T>(step.row + i, k); },
+                [&](int j, int k) { return b.straight<T>(j, k); });
+          }
+        });
+      },
+      &operands, nullptr);
+}
+
+template <class T, int N>
+void multiply_async(float (&d)[N][4], uint64_t a, uint64_t b, bool accumulate, T) {
+  start_product<T, N>({&d[0][0], nullptr, a, b, accumulate});
+}
+template <class T, int N>
+void multiply_async(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
+  start_product<T, N>({&d[0][0], a, 0, b, accumulate});
+}
+
+}  // namespace fae::sm90

@@ -1,0 +1,50 @@
+#pragma once
+
+#include "../cuda/device.h"
+
+// Tile sizes. Head dims up to a tile's are filled with zeros by the copies.
+
+namespace fae::sm90 {
+
+constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
+
+// A thread block is one warpgroup that moves data and kWarpgroups that compute, each with 64 rows of Q. kStages*: tiles
+// of Q, and of K and V, in shared memory.
+template <int kWarpgroups_, int kKeys_, int kDim_, int kDimV_, int kStagesQ_, int kStagesK_, int kStagesV_>
+struct ForwardTile {
+  static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
+  static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
+  static constexpr int kRows = kWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  // Registers of a thread. All threads together start with what the block may have, 168, 128 or 96 each, and must not
+  // ask for more: the block would wait forever.
+  static constexpr int kMoverRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kComputeRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
+  static_assert(kWarpgroups >= 2 && kWarpgroups <= 4);
+  static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= (kWarpgroups + 1) * (kWarpgroups == 2   ? 168
+                                                                                          : kWarpgroups == 3 ? 128
+                                                                                                             : 96));
+};
+
+// Plain scores; general ones need registers for their terms.
+template <int kHeadDim, bool kGeneral>
+struct ForwardConfig;
+template <>
+struct ForwardConfig<64, false> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
+template <>
+struct ForwardConfig<128, false> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
+template <>
+struct ForwardConfig<192, false> : ForwardTile<2, 96, 192, 192, 1, 2, 2> {};
+template <>
+struct ForwardConfig<256, false> : ForwardTile<2, 80, 256, 256, 1, 2, 2> {};
+
+template <>
+struct ForwardConfig<64, true> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
+template <>
+struct ForwardConfig<128, true> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
+template <>
+struct ForwardConfig<192, true> : ForwardTile<2, 64, 192, 192, 1, 2, 2> {};
+template <>
+struct ForwardConfig<256, true> : ForwardTile<2, 64, 256, 256, 1, 2, 2> {};
+
+}  // namespace fae::sm90

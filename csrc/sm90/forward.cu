@@ -1,0 +1,315 @@
+#include "../cuda/launch.h"
+#include "kernels.h"
+#include "movers.h"
+#include "softmax.h"
+
+// Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
+// rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the
+// others has 64 rows of its own from Q to O. The product of a block of keys overlaps the softmax of the one before.
+
+namespace fae::sm90 {
+namespace {
+
+// A warpgroup that computes.
+template <class T, class Config, bool kGeneral>
+class Computer {
+  using Memory = ForwardMemory<T, Config>;
+  static constexpr int N = Config::kKeys / 8, ND = Config::kDimV / 8, kSteps = Config::kKeys / 16;
+
+ public:
+  __device__ Computer(const ForwardCall& call, const Memory& memory, int warp)
+      : p_(call.p),
+        memory_(memory),
+        q_(memory.ring_q()),
+        k_(memory.ring_k()),
+        v_(memory.ring_v()),
+        warpgroup_(warp / 4),
+        warp_row_(warp % 4 * 16),
+        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (;; q_.advance()) {
+      q_.wait_full();
+      if (!attend()) return;
+      finish();
+    }
+  }
+
+ private:
+  // The tile's Work is read anew wherever it is needed: registers that held it would be missing in between.
+  __device__ __forceinline__ Work work() const { return memory_.read_work(q_.stage()); }
+  __device__ __forceinline__ int row_begin(const Work& work) const {  // of the warpgroup
+    return work.row_begin + warpgroup_ * kWarpgroupRows;
+  }
+
+  __device__ __forceinline__ KeyBlocks<int> blocks_of_all(const Work& work) const {
+    return key_blocks(work.band(), work.row_begin, Config::kRows, Config::kKeys);
+  }
+  __device__ __forceinline__ KeyBlocks<int> my_blocks(const Work& work) const {
+    return key_blocks(work.band(), row_begin(work), kWarpgroupRows, Config::kKeys);
+  }
+
+  // O and the rows' statistics of a tile; false: there are no more.
+  __device__ __forceinline__ bool attend() {
+    const Work tile = work();
+    if (tile.batch < 0) return false;
+    const KeyBlocks<int> all = blocks_of_all(tile), mine = my_blocks(tile);
+    states_ = {};
+    output_.fill(0);
+    if (mine.begin >= mine.end) {
+      skip(all.end - all.begin);
+      return true;
+    }
+    skip(all.end - mine.end);
+    first_step(mine.end - 1, !mine.is_full(mine.end - 1));
+    int block = mine.end - 2;
+#pragma unroll 1
+    for (; block >= mine.full_end; --block) step<true>(block);
+#pragma unroll 1
+    for (int left = block - mine.full_begin; left >= 0; --left, --block) step<false>(block);
+    finish_blocks();
+    return true;
+  }
+  // The blocks below those that every row sees whole.
+  __device__ __forceinline__ void finish_blocks() {
+    const KeyBlocks<int> all = blocks_of_all(work()), mine = my_blocks(work());
+#pragma unroll 1
+    for (int block = min(mine.end - 2, mine.full_begin - 1); block >= mine.begin; --block) step<true>(block);
+    last_step();
+    skip(mine.begin - all.begin);
+  }
+
+  // Blocks that only other warpgroups' rows see.
+  __device__ __forceinline__ void skip(int blocks) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      k_.wait_full();
+      release(k_);
+      v_.wait_full();
+      release(v_);
+    }
+  }
+
+  // S = Q K^T of the first block alone, P = exp(S - m).
+  __device__ __forceinline__ void first_step(int block, bool edge) {
+    k_.wait_full();
+    begin_products();
+    start_straight(scores_, q(), memory_.k(k_.stage()));
+    wait_products<0>();
+    fence_registers(scores_.x[0]);
+    release(k_);
+    follow(block, edge);
+    pack_p(block);
+  }
+
+  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. edge: not every row sees all keys.
+  template <bool kEdge>
+  __device__ __forceinline__ void step(int block) {
+    k_.wait_full();
+    begin_products();
+    start_straight(scores_, q(), memory_.k(k_.stage()));
+    v_.wait_full();
+    start_pv();
+    wait_products<1>();
+    fence_registers(scores_.x[0]);
+
+    RowFactors factors;
+    bool moved = true;
+    if constexpr (kEdge || kGeneral) {
+      release(k_);
+      factors = follow(block, kEdge);
+    } else {
+      moved = keep_maximum(states_, scores_, scale_log2_, [&](const RowFlags& keep) {
+        multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
+        factors = follow_maximum<false>(states_, scores_, scale_log2_, keep);
+      });
+      release(k_);
+    }
+
+    wait_products<0>();
+    fence_registers(scores_.x[0]);
+    fence_registers(output_.x[0]);
+    release(v_);
+    pack_p(block);
+    if (kEdge || kGeneral ? factors.any_moved() : moved) rescale(output_, factors);
+  }
+
+  // O += P V of the last block.
+  __device__ __forceinline__ void last_step() {
+    v_.wait_full();
+    start_pv();
+    wait_products<0>();
+    fence_registers(output_.x[0]);
+    release(v_);
+  }
+
+  __device__ __forceinline__ void start_pv() {
+    fence_registers(output_.x[0]);
+    fence_registers(p_fragments_);
+    begin_products();
+    start_transposed(output_, p_fragments_, memory_.v(v_.stage()));
+  }
+
+  __device__ __forceinline__ RowFactors follow(int block, bool edge) {
+    if (kGeneral || edge) {
+      const Work tile = work();
+      const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
+      if constexpr (kGeneral)
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
+            .apply(scores_, row, key, [](int, int, int, int, float) {});
+      if (edge) cuda::mask_band(scores_, tile.band(), row, key);
+    }
+    return follow_maximum<kGeneral>(states_, scores_, scale_log2_, {});
+  }
+
+  __device__ __forceinline__ void pack_p(int block) {
+    if constexpr (kGeneral) {
+      if (p_.dropout_p > 0) {
+        const Work tile = work();
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
+            .dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
+                     [&](int m, int half, int n, int e, bool kept) {
+                       if (!kept) scores_.at(m, half, n, e) = 0;
+                     });
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(scores_, 0, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p_fragments_[k][i] = fragment.x[i];
+    }
+  }
+
+  // O / l and lse = m + log l, the sink counted in.
+  __device__ __forceinline__ void finish() {
+    const Work tile = work();
+    const int row = row_begin(tile) + warp_row_;
+    output_.for_each_row([&](int m, int half) {
+      states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
+      RowState<float> state = states_.x[m][half].total();
+      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
+      const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
+#pragma unroll
+      for (int n = 0; n < ND; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) output_.at(m, half, n, e) *= weight;
+      const int i = row + output_.row(m, half);
+      if (lane_index() % 4 == 0 && i < tile.seqlen_q)
+        *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, tile.head) = state.lse();
+    });
+    const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
+    const int lane = opaque(lane_index());
+#pragma unroll
+    for (int pair = 0; pair < ND / 2; ++pair)
+      store_matrices(o.address(warp_row_ + lane % 16, 16 * pair + lane / 16 * 8),
+                     sm80::as_left_operand<T>(output_, 0, pair).x);
+    if (stored_whole(tile, warpgroup_))
+      fence_async_proxy();
+    else
+      store_rows(tile, o, row);
+    __syncwarp();
+    arrive_if(memory_.out_full(q_.stage()), lane_index() == 0);
+  }
+
+  // The warp's rows of O that belong to the sequence.
+  __device__ void store_rows(const Work& work, const typename Memory::O& o, int row) const {
+    constexpr int kChunk = 8, kLanes = Memory::O::kBlocks * 8;
+    __syncwarp();
+    const int rows = min(work.seqlen_q - row, 16), cols = static_cast<int>(p_.head_dim_v);
+#pragma unroll 1
+    for (int i = lane_index(); i < rows * kLanes; i += cuda::kWarpThreads) {
+      const int col = i % kLanes * kChunk;
+      if (col < cols)
+        *reinterpret_cast<uint4*>(row_ptr<T>(p_.out, work.batch, work.q_start + row + i / kLanes, work.head) + col) =
+            sm80::load_shared_16_bytes(o.address(warp_row_ + i / kLanes, col));
+    }
+  }
+
+  template <class Ring>
+  __device__ __forceinline__ static void release(Ring& ring) {
+    arrive_if(ring.empty(), lane_index() == 0);
+    ring.advance();
+  }
+  __device__ __forceinline__ typename Memory::Q q() const { return memory_.q(q_.stage(), warpgroup_); }
+
+  const Problem& p_;
+  const Memory memory_;
+  typename Memory::RingQ q_;
+  typename Memory::RingK k_;
+  typename Memory::RingV v_;
+  const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
+  const float scale_log2_;          // of plain scores
+  cuda::RowStates<1, kGeneral> states_;
+  Accumulator<1, N> scores_;
+  Accumulator<1, ND> output_;
+  uint32_t p_fragments_[kSteps][4];
+};
+
+template <class T, class Config, bool kGeneral>
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardCall call) {
+  const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.out}) prefetch(*map);
+    memory.init_barriers();
+  }
+  __syncthreads();
+  const int warp = uniform(warp_index());
+  if (warp < 4) {
+    give_registers_back<Config::kMoverRegisters>();
+    if (warp == 0) Loader<T, Config>(call, memory).run();
+    if (warp == 1) store_tiles<T, Config>(call, memory);
+  } else {
+    take_registers<Config::kComputeRegisters>();
+    Computer<T, Config, kGeneral>(call, memory, warp - 4).run();
+  }
+}
+
+// K and V of this many bytes fit into the second-level cache beside everything else.
+constexpr int64_t kCachedBytes = int64_t{32} << 20;
+
+template <class T, bool kGeneral>
+void run_forward(const Problem& p, const Execution& execution) {
+  using Config = ForwardConfig<FAE_HEAD_DIM, kGeneral>;
+  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+  const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
+  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
+  const int64_t head_bytes = (rows_k + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
+  schedule.group = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  schedule.last_first = true;
+
+  const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
+  // Tiles that differ in length are taken by whoever is free.
+  const bool uneven = p.window_left < p.max_seqlen_k || p.window_right < p.max_seqlen_k || p.cu_seqlens_q ||
+                      p.cu_seqlens_k || p.seqused_q || p.seqused_k;
+  int* counter = nullptr;
+  if (uneven && schedule.size() > blocks) {
+    counter = static_cast<int*>(execution.workspace);
+    cuda::clear(counter, sizeof(int), execution.stream);
+  }
+
+  const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, batch_k = p.cu_seqlens_k ? 1 : p.batch;
+  const ForwardCall call{p,
+                         schedule,
+                         counter,
+                         make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),
+                         make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                         make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                         make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows)};
+  const cuda::Grid grid{blocks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
+  cuda::launch("sm90 forward", forward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
+}
+
+}  // namespace
+
+template <>
+void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
+  const bool general = !cuda::plain_scores(p);
+  if (p.dtype == DType::bfloat16)
+    general ? run_forward<__nv_bfloat16, true>(p, execution) : run_forward<__nv_bfloat16, false>(p, execution);
+  else
+    general ? run_forward<__half, true>(p, execution) : run_forward<__half, false>(p, execution);
+}
+
+}  // namespace fae::sm90

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "../core/backend.h"
+
+// Kernels of one head dim tile, in a translation unit of their own (compiled with FAE_HEAD_DIM).
+
+namespace fae::sm90 {
+
+template <int kHeadDim>
+void forward(const Problem& p, const Execution& execution);
+
+}  // namespace fae::sm90

@@ -1,0 +1,78 @@
+#pragma once
+
+#include "../sm80/tile.h"
+#include "ptx.h"
+
+// Products of a warpgroup on tiles of shared memory. Its four warps have 16 rows each of the 64 rows of the result.
+
+namespace fae::sm90 {
+
+using cuda::Accumulator;
+using cuda::lane_index;
+using cuda::SharedTile;
+using cuda::warp_index;
+
+// Where wgmma finds an operand with the 128-byte swizzle. From eight rows (of an operand that is stored by columns:
+// eight columns) to the next eight are 1024 bytes; leading: bytes from 64 columns (rows) to the next 64, where one
+// product crosses those. Only the lower half changes from step to step.
+class Descriptor {
+ public:
+  __device__ __forceinline__ Descriptor(uint32_t address, int leading = 16)
+      : low_((address & 0x3ffff) >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
+    return kSwizzle128 | kStride >> 4 << 32 | (low_ + (bytes >> 4));
+  }
+
+ private:
+  uint32_t low_;
+};
+
+// S = A B^T, started. A: 64 rows, B: 8 N rows.
+template <class A, class B, int N>
+__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
+  static_assert(A::kRows == 64 && B::kRows == 8 * N && A::kBlocks == B::kBlocks);
+  const Descriptor a0(a.base), b0(b.base);
+#pragma unroll
+  for (int k = 0; k < A::kCols / 16; ++k) {
+    const auto step = [&](int rows) { return k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32; };
+    multiply_async(s.x[0], a0.at(step(A::kRows)), b0.at(step(B::kRows)), k > 0, typename A::Element{});
+  }
+  commit_products();
+}
+
+// O += P V, started. P in registers, one fragment per 16 rows of V.
+template <class V, int N, int kSteps>
+__device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
+  static_assert(V::kRows == 16 * kSteps && V::kCols == 8 * N);
+  const Descriptor v0(v.base, V::kRows * cuda::kSwizzleBytes);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+    multiply_async(o.x[0], p[k], v0.at(k * 16 * cuda::kSwizzleBytes), true, typename V::Element{});
+  commit_products();
+}
+
+// The same S by mma.sync, for the 16 rows of one warp, from row0 of A on: no other warp needs to take part.
+template <class A, class B, int N>
+__device__ __forceinline__ void multiply_warp(Accumulator<1, N>& s, const A& a, int row0, const B& b) {
+  using T = typename A::Element;
+  const int lane = opaque(lane_index()), row = lane % 16, chunk = lane / 16 * 16;
+  const uint32_t a0 = a.address(row0 + row, 0) ^ chunk, b0 = b.address(row, 0) ^ chunk;
+  s.fill(0);
+#pragma unroll 1
+  for (int k = 0; k < A::kCols / 16; ++k) {
+    const auto step = [&](uint32_t first, int rows) {
+      return (first ^ (k % 4 * 32)) + k / 4 * rows * cuda::kSwizzleBytes;
+    };
+    uint32_t left[4], right[4];
+    sm80::load_matrices(step(a0, A::kRows), left);
+#pragma unroll
+    for (int pair = 0; pair < N / 2; ++pair) {
+      sm80::load_matrices(step(b0, B::kRows) + pair * 16 * cuda::kSwizzleBytes, right);
+      sm80::mma(s.x[0][2 * pair], left, {right[0], right[2]}, T{});
+      sm80::mma(s.x[0][2 * pair + 1], left, {right[1], right[3]}, T{});
+    }
+  }
+}
+
+}  // namespace fae::sm90
