@@ -70,6 +70,12 @@ struct Problem {
   bool deterministic = true;
   bool allow_tf32 = false;  // float32 products may round their factors to tf32
 
+  // Whether rows can see different numbers of keys, so that blocks of rows take different times.
+  FAE_INLINE bool uneven() const {
+    return window_left < max_seqlen_k || window_right < max_seqlen_k || cu_seqlens_q || cu_seqlens_k || seqused_q ||
+           seqused_k;
+  }
+
   // Whether scores need more than scale and band before the softmax (template switch of the kernels).
   FAE_INLINE bool general_scores() const {
     return softcap != 0.0 || alibi_slopes || bias.data || mask.data || dropout_p > 0.0;

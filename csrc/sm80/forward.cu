@@ -247,13 +247,17 @@ __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const __grid_
 
 // K and V of this many bytes fit into the second-level cache beside everything else.
 constexpr int64_t kCachedBytes = int64_t{24} << 20;
+// Heads whose tiles run side by side: few, so that one load of K and V from memory serves all blocks of rows that come
+// for it; more where tiles differ in length, to begin with the long ones.
+constexpr int64_t kEvenHeads = 4, kUnevenHeads = 16;
 
 template <class T, class Config, bool kGeneral>
 void run_forward(const Problem& p, const Execution& execution) {
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t keys = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
   const int64_t head_bytes = (keys + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
-  schedule.group_pairs(std::max<int64_t>(1, kCachedBytes / head_bytes) * group);
+  schedule.group_pairs(
+      std::min(std::max<int64_t>(1, kCachedBytes / head_bytes) * group, p.uneven() ? kUnevenHeads : kEvenHeads));
   schedule.last_first = true;
   const int chunks = static_cast<int>(ceil_div(p.head_dim_v, Config::kDimV));
   const bool whole = whole_vectors<T>(p.q, p.head_dim) && whole_vectors<T>(p.k, p.head_dim) &&

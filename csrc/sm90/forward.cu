@@ -190,7 +190,8 @@ class Computer {
       states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
       RowState<float> state = states_.x[m][half].total();
       const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
-      const float weight = factor * state.inverse_sum() * static_cast<float>(dropout_scale(p_.dropout_p));
+      float weight = factor * state.inverse_sum();
+      if constexpr (kGeneral) weight *= static_cast<float>(dropout_scale(p_.dropout_p));
 #pragma unroll
       for (int n = 0; n < ND; ++n)
 #pragma unroll
@@ -268,6 +269,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
 
 // K and V of this many bytes fit into the second-level cache beside everything else.
 constexpr int64_t kCachedBytes = int64_t{32} << 20;
+// Heads whose tiles run side by side where some tiles are longer than others: enough to begin with the long ones. More
+// would ask for the K and V of many heads at once. Even tiles run head by head: then one load from memory serves all.
+constexpr int64_t kUnevenHeads = 16;
 
 template <class T, bool kGeneral>
 void run_forward(const Problem& p, const Execution& execution) {
@@ -276,15 +280,14 @@ void run_forward(const Problem& p, const Execution& execution) {
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
   const int64_t head_bytes = (rows_k + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
-  schedule.group = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  const int64_t cached_heads = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  schedule.group_pairs(p.uneven() ? std::min(cached_heads, kUnevenHeads) : 1);
   schedule.last_first = true;
 
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
   // Tiles that differ in length are taken by whoever is free.
-  const bool uneven = p.window_left < p.max_seqlen_k || p.window_right < p.max_seqlen_k || p.cu_seqlens_q ||
-                      p.cu_seqlens_k || p.seqused_q || p.seqused_k;
   int* counter = nullptr;
-  if (uneven && schedule.size() > blocks) {
+  if (p.uneven() && schedule.size() > blocks) {
     counter = static_cast<int*>(execution.workspace);
     cuda::clear(counter, sizeof(int), execution.stream);
   }

@@ -20,8 +20,8 @@ struct ForwardCall {
 
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {
-  int batch, head, row_begin, q_start;  // batch -1: there are no more
-  int seqlen_q, seqlen_k, first, last;
+  int batch = 0, head = 0, row_begin = 0, q_start = 0;  // batch -1: there are no more
+  int seqlen_q = 0, seqlen_k = 0, first = 0, last = 0;
 
   __device__ cuda::DeviceBand band() const {
     cuda::DeviceBand band;
