@@ -57,6 +57,7 @@ struct PackedBlocks {
 struct GridSchedule {
   int64_t pairs = 0, heads = 0, blocks = 0, group = 1;
   bool last_first = false;
+  bool alternate = false;  // groups have their last blocks first in turns, and the last group its first one
   PackedBlocks packed;  // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
@@ -68,12 +69,16 @@ struct GridSchedule {
     blocks = packed.size();
   }
   FAE_INLINE int64_t size() const { return pairs * blocks; }
+  // Whether the blocks of the group that a number falls into are counted from the end.
+  FAE_INLINE bool is_last_first(int64_t index) const {
+    return last_first || (alternate && ((pairs - 1) / group - index / (group * blocks)) % 2 != 0);
+  }
   FAE_INLINE Tile operator[](int64_t index) const {
     const int64_t first = index / (group * blocks) * group;
     const int64_t in_group = pairs - first < group ? pairs - first : group;
     const int64_t rest = index - first * blocks;
     const int64_t pair = first + rest % in_group, number = rest / in_group;
-    Tile tile = {pair / heads, pair % heads, last_first ? blocks - 1 - number : number};
+    Tile tile = {pair / heads, pair % heads, is_last_first(index) ? blocks - 1 - number : number};
     if (packed.cu_seqlens) {
       tile = packed[tile.block];
       tile.head = pair;

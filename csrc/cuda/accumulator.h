@@ -12,6 +12,7 @@ constexpr float kLog2e = 1.44269504f;
 
 template <int M, int N>
 struct Accumulator {
+  static constexpr int kRowPieces = M, kColPieces = N;
   float x[M][N][4];
 
   __device__ __forceinline__ float& at(int m, int half, int n, int e) { return x[m][n][2 * half + e]; }
@@ -44,6 +45,31 @@ struct Accumulator {
   __device__ __forceinline__ void fill(float value) {
     for_each([&](int m, int half, int n, int e) { at(m, half, n, e) = value; });
   }
+};
+
+// A matrix of 8 M rows by 16 N columns whose transpose is an accumulator, with the names of one: a lane has rows
+// 2 (lane % 4) and the next of every 8, and columns lane / 4 and lane / 4 + 8 of every 16.
+template <int M, int N>
+struct TransposedAccumulator {
+  static constexpr int kRowPieces = M, kColPieces = N;
+  Accumulator<N, M> transpose;
+
+  __device__ __forceinline__ float& at(int m, int half, int n, int e) { return transpose.x[n][m][2 * e + half]; }
+  __device__ __forceinline__ float at(int m, int half, int n, int e) const { return transpose.x[n][m][2 * e + half]; }
+
+  static __device__ __forceinline__ int row(int m, int half) { return 8 * m + lane_index() % 4 * 2 + half; }
+  static __device__ __forceinline__ int col(int n, int e) { return 16 * n + 8 * e + lane_index() / 4; }
+
+  template <class F>
+  static __device__ __forceinline__ void for_each(F&& f) {
+    Accumulator<M, N>::for_each(f);
+  }
+  template <class F>
+  static __device__ __forceinline__ void for_each_row(F&& f) {
+    Accumulator<M, N>::for_each_row(f);
+  }
+
+  __device__ __forceinline__ void fill(float value) { transpose.fill(value); }
 };
 
 // Sum or maximum over a row's quad; all four lanes get it.

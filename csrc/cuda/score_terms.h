@@ -23,12 +23,12 @@ FAE_INLINE bool plain_scores(const Problem& p) {
 }
 
 // Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins.
-template <int M, int N>
-__device__ __forceinline__ void mask_band(Accumulator<M, N>& s, const DeviceBand& band, int row0, int col0) {
+template <class Scores>
+__device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {
   s.for_each_row([&](int m, int half) {
     const int row = row0 + s.row(m, half), lo = band.lo(row) - col0, size = band.hi(row) - col0 - lo;
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < Scores::kColPieces; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (static_cast<unsigned>(s.col(n, e) - lo) >= static_cast<unsigned>(size > 0 ? size : 0))
@@ -43,8 +43,8 @@ class ScoreTerms {
 
   // Raw products become scores. f(m, half, n, e, gradient) is told d score / d (scale q.k) where softcap makes that
   // differ from 1.
-  template <int M, int N, class F>
-  __device__ __forceinline__ void apply(Accumulator<M, N>& s, int row0, int col0, F&& gradient) const {
+  template <class Scores, class F>
+  __device__ __forceinline__ void apply(Scores& s, int row0, int col0, F&& gradient) const {
     const float scale = static_cast<float>(p_.softmax_scale), softcap = static_cast<float>(p_.softcap);
     s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale; });
     if (softcap != 0)
@@ -82,6 +82,28 @@ class ScoreTerms {
             f(m, half, 2 * pair + word / 2, word % 2, (block.word[word] >> (16 * half) & 0xffffu) >= threshold);
       }
   }
+  // The same for a lane that has two neighbouring rows of one column, and with them half of each call's bits.
+  template <int M, int N, class F>
+  __device__ __forceinline__ void dropout(const TransposedAccumulator<M, N>& s, int row0, int col0, F&& f) const {
+    static_assert(M % 2 == 0);
+    const DropoutBits bits = dropout_bits(p_, batch_, head_);
+    const uint32_t threshold = dropout_threshold(p_.dropout_p);
+    const bool odd = lane_index() / 4 % 2 != 0;
+#pragma unroll
+    for (int pair = 0; pair < M / 2; ++pair)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const Philox4 block = bits.block(row0 + s.row(2 * pair, half), col0 + s.col(n, 0));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t word = odd ? block.word[2 * e + 1] : block.word[2 * e];
+            f(2 * pair, half, n, e, (word & 0xffffu) >= threshold);
+            f(2 * pair + 1, half, n, e, (word >> 16) >= threshold);
+          }
+        }
+  }
 
  private:
   // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come
@@ -89,8 +111,8 @@ class ScoreTerms {
   static __device__ __forceinline__ int limit(int length, int64_t size) {
     return size == 1 || length < size ? length : static_cast<int>(size);
   }
-  template <int M, int N, class F>
-  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Accumulator<M, N>& s, int row0, int col0,
+  template <class Scores, class F>
+  __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Scores& s, int row0, int col0,
                                                   F&& f) const {
     const int rows = limit(seqlen_q_, view.size_row), cols = limit(seqlen_k_, view.size_col);
     s.for_each([&](int m, int half, int n, int e) {
@@ -98,8 +120,8 @@ class ScoreTerms {
       if (row < rows && col < cols) f(m, half, n, e, score_offset(view, batch_, head_, row, col));
     });
   }
-  template <int M, int N>
-  __device__ __forceinline__ void add_bias(Accumulator<M, N>& s, int row0, int col0) const {
+  template <class Scores>
+  __device__ __forceinline__ void add_bias(Scores& s, int row0, int col0) const {
     const auto add = [&](auto storage) {
       const auto* bias = static_cast<const decltype(storage)*>(p_.bias.data);
       for_each_inside(p_.bias, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
@@ -113,8 +135,8 @@ class ScoreTerms {
     else
       add(__half{});
   }
-  template <int M, int N>
-  __device__ __forceinline__ void mask(Accumulator<M, N>& s, int row0, int col0) const {
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& s, int row0, int col0) const {
     const auto* attend = static_cast<const uint8_t*>(p_.mask.data);
     for_each_inside(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
       if (!attend[offset]) s.at(m, half, n, e) = minus_infinity<float>();

@@ -15,6 +15,8 @@ inline uint32_t shared_offset(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_memory());
 }
 
+inline void forget_origin(uint32_t&) {}
+
 using Words = uint32_t[4];
 
 inline void load_matrices(uint32_t address, Words& x) {

@@ -7,13 +7,17 @@
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with mma.sync:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
 // A thread block keeps a block of keys of one KV head, and dK and dV of it in registers, while it walks the query
-// blocks of the heads that share those keys. P and dS pass from warp to warp through shared memory.
+// blocks of the heads that share those keys. Scores are computed transposed: where a warp has all rows of its keys, P^T
+// and dS^T are left operands as they are, else they pass from warp to warp through shared memory.
+//
+// In the interval between two barriers a warp finishes one query block (at least dQ) and computes P and dS of the next:
+// warps may be a whole interval apart, so that one computes exponentials while others multiply.
 //
 // dQ of a query block is a sum over the key blocks that see it ("visitors"). It grows in global memory, and visitors
-// take turns in the order of their keys, so that it has the same bits every time: the first one stores, others add, and
-// the last one writes the result. Nothing has to be set to zero, and nothing to be converted afterwards. All key blocks
-// walk the queries from the end, so that each follows its predecessor at a distance and finds its turn come. A thread
-// block only ever waits for blocks that have drawn a lower ticket, which are running or done: there is no deadlock.
+// take turns, so that it has the same bits every time: the first one stores, others add, and the last one writes the
+// result. Nothing has to be set to zero, and nothing to be converted afterwards. A warp's part of dQ is the same in
+// every visitor, and has a turn of its own. A thread block only ever waits for blocks that have drawn a lower ticket,
+// which are running or done: there is no deadlock.
 
 namespace fae::sm80 {
 namespace {
@@ -25,7 +29,7 @@ struct BackwardCall {
   PackedBlocks query_blocks;  // packed tensors
   int64_t query_blocks_per_head;
   unsigned long long* ticket;
-  int* turns;         // [head or batch x head][query block]: visitors that are done
+  int* turns;         // [head or batch x head][query block][warp]: visitors that are done
   float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
   bool q_whole_vectors, k_whole_vectors, v_whole_vectors, dout_whole_vectors;
   bool direct_dbias;
@@ -36,11 +40,12 @@ template <class T, class Config>
 struct BackwardMemory {
   using K = typename ScoreOperands<T, Config>::Keys;
   using Q = typename ScoreOperands<T, Config>::Rows;
-  using P = SharedTile<T, Config::kRows, Config::kKeys>;
-  static constexpr int kStatsBytes = Config::kRows * 8;
+  using P = SharedTile<T, Config::kKeys, Config::kRows>;  // P^T and dS^T
   static constexpr int kStageBytes = 2 * Q::kBytes;
-  static constexpr int kStats = 2 * K::kBytes + Config::kStages * kStageBytes + 2 * P::kBytes;
-  static constexpr int kTicket = kStats + Config::kStages * kStatsBytes;
+  static constexpr int kBufferBytes = (Config::kInRegisters ? 1 : 2) * P::kBytes;
+  static constexpr int kBuffers = 2 * K::kBytes + Config::kStages * kStageBytes;
+  static constexpr int kStatistics = kBuffers + Config::kBuffers * kBufferBytes;
+  static constexpr int kTicket = kStatistics + Config::kStages * Config::kRows * 8;
   static constexpr int kBytes = kTicket + 8;
 
   uint32_t base;
@@ -49,12 +54,11 @@ struct BackwardMemory {
   __device__ K v() const { return {base + K::kBytes}; }
   __device__ Q q(int stage) const { return {base + 2 * K::kBytes + stage * kStageBytes}; }
   __device__ Q dout(int stage) const { return {base + 2 * K::kBytes + stage * kStageBytes + Q::kBytes}; }
-  __device__ P p() const { return {base + 2 * K::kBytes + Config::kStages * kStageBytes}; }
-  __device__ P ds() const { return {base + 2 * K::kBytes + Config::kStages * kStageBytes + P::kBytes}; }
-  __device__ uint32_t lse(int stage) const { return base + kStats + stage * kStatsBytes; }
-  __device__ uint32_t delta(int stage) const { return lse(stage) + Config::kRows * 4; }
+  __device__ P ds(int buffer) const { return {base + kBuffers + buffer * kBufferBytes}; }
+  __device__ P p(int buffer) const { return {base + kBuffers + buffer * kBufferBytes + P::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * Config::kRows * 8; }
   __device__ ScoreOperands<T, Config> operands(int stage) const {
-    return {q(stage), dout(stage), k(), v(), lse(stage), delta(stage)};
+    return {q(stage), dout(stage), k(), v(), statistics(stage)};
   }
 };
 
@@ -86,135 +90,168 @@ class BackwardTask {
   using QueryGradient = Accumulator<QueryPlace::M, QueryPlace::N>;
 
  public:
-  __device__ BackwardTask(const BackwardCall& call, const Tile& tile, const Sequence& sequence)
+  __device__ BackwardTask(const BackwardCall& call, const Tile& tile, bool last_first, const Sequence& sequence)
       : call_(call),
         p_(call.p),
         batch_(static_cast<int>(tile.batch)),
         head_kv_(static_cast<int>(tile.head)),
         block_(static_cast<int>(tile.block)),
-        sequence_(sequence),
+        last_first_(last_first),
+        q_start_(static_cast<int>(sequence.q_start)),
+        k_start_(static_cast<int>(sequence.k_start)),
         band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
         memory_{shared_offset(dynamic_shared_memory())} {
     const auto rows = band_.rows_any(key_begin(), min(key_begin() + Config::kKeys, band_.seqlen_k));
     if (rows.empty()) return;
     first_rows_ = rows.begin / Config::kRows;
-    last_rows_ = ceil_div(rows.end, Config::kRows) - 1;
+    row_blocks_ = ceil_div(rows.end, Config::kRows) - first_rows_;
   }
 
   __device__ void run() {
     const int rows = band_.seqlen_k - key_begin();
-    copy_rows<Config::kThreads>(memory_.k(), GlobalRows<T>(p_.k, batch_, sequence_.k_start + key_begin(), head_kv_,
-                                                           rows, p_.head_dim, 0, call_.k_whole_vectors));
-    copy_rows<Config::kThreads>(memory_.v(), GlobalRows<T>(p_.v, batch_, sequence_.k_start + key_begin(), head_kv_,
-                                                           rows, p_.head_dim_v, 0, call_.v_whole_vectors));
+    copy_rows<Config::kThreads>(memory_.k(), GlobalRows<T>(p_.k, batch_, k_start_ + key_begin(), head_kv_, rows,
+                                                           p_.head_dim, 0, call_.k_whole_vectors));
+    copy_rows<Config::kThreads>(memory_.v(), GlobalRows<T>(p_.v, batch_, k_start_ + key_begin(), head_kv_, rows,
+                                                           p_.head_dim_v, 0, call_.v_whole_vectors));
     dk_.fill(0);
     dv_.fill(0);
-    const int group = static_cast<int>(p_.heads / p_.heads_kv);
-    const Step end{(head_kv_ + 1) * group, last_rows_};
-    Step step{head_kv_ * group, last_rows_};
-    if (first_rows_ > last_rows_) step = end;
-    copy_queries(step, end, 0);
-    int stage = 0;
+    const int steps = row_blocks_ * static_cast<int>(p_.heads / p_.heads_kv);
+    copy_queries(0, steps);
+    if constexpr (Config::kLag) {
 #pragma unroll 1
-    for (; step.head < end.head; step = after(step)) {
-      visit(step, end, stage);
-      stage = (stage + 1) % Config::kStages;
+      for (int step = 0; step <= steps; ++step) {
+        wait_copies<0>();
+        __syncthreads();
+        copy_queries(step + 1, steps);
+        forget_origin(memory_.base);
+        if (step > 0) finish(step - 1);
+        forget_origin(memory_.base);
+        if (step < steps) recompute(step);
+        pass_turn();
+      }
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        wait_copies<0>();
+        __syncthreads();
+        recompute(step);
+        __syncthreads();
+        finish(step);
+        pass_turn();
+        __syncthreads();
+        copy_queries(step + 1, steps);
+      }
     }
-    wait_copies<0>();  // nothing may arrive after this block
-    pass_turn();
     write(dk_, p_.dk, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     write(dv_, p_.dv, static_cast<int>(p_.head_dim_v), 1.0f);
   }
 
  private:
-  // A query block of a head.
-  struct Step {
-    int head, block;
-  };
-  __device__ Step after(const Step& step) const {
-    return step.block > first_rows_ ? Step{step.head, step.block - 1} : Step{step.head + 1, last_rows_};
-  }
   __device__ int key_begin() const { return block_ * Config::kKeys; }
 
-  // Starts the copy of Q, dO, lse and delta, in a group of its own (which is empty past the last step).
-  __device__ void copy_queries(const Step& step, const Step& end, int stage) const {
-    if (step.head < end.head) {
-      const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin;
-      const int64_t row = sequence_.q_start + begin;
+  // The query block of a step. Key blocks that were handed out from the first one on walk the queries from the end, others
+  // from the start: each follows its predecessor at a distance.
+  struct Rows {
+    int head, block;
+  };
+  __device__ Rows rows_of(int step) const {
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), i = step % row_blocks_;
+    return {head_kv_ * group + step / row_blocks_, first_rows_ + (last_first_ ? i : row_blocks_ - 1 - i)};
+  }
+  static __device__ int stage_of(int step) { return step % Config::kStages; }
+  static __device__ int buffer_of(int step) { return step % Config::kBuffers; }
+
+  // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
+  __device__ __forceinline__ void copy_queries(int step, int steps) const {
+    if (step < steps) {
+      const auto [head, block] = rows_of(step);
+      const int begin = block * Config::kRows, rows = band_.seqlen_q - begin, stage = stage_of(step);
+      const int64_t row = q_start_ + begin;
       copy_rows<Config::kThreads>(
-          memory_.q(stage), GlobalRows<T>(p_.q, batch_, row, step.head, rows, p_.head_dim, 0, call_.q_whole_vectors));
-      copy_rows<Config::kThreads>(memory_.dout(stage), GlobalRows<T>(p_.dout, batch_, row, step.head, rows,
-                                                                     p_.head_dim_v, 0, call_.dout_whole_vectors));
-      if (const int i = static_cast<int>(threadIdx.x); i < Config::kRows) {
-        const int valid = i < rows ? 4 : 0, from = i < rows ? i : 0;
-        copy_4_bytes(memory_.lse(stage) + i * 4, stats_ptr<float>(p_.lse, batch_, row + from, step.head), valid);
-        copy_4_bytes(memory_.delta(stage) + i * 4, stats_ptr<float>(p_.delta, batch_, row + from, step.head), valid);
-      }
+          memory_.q(stage), GlobalRows<T>(p_.q, batch_, row, head, rows, p_.head_dim, 0, call_.q_whole_vectors));
+      copy_rows<Config::kThreads>(memory_.dout(stage), GlobalRows<T>(p_.dout, batch_, row, head, rows, p_.head_dim_v, 0,
+                                                                     call_.dout_whole_vectors));
+      copy_statistics<Config>(memory_.statistics(stage), p_, batch_, row, head, rows);
     }
     commit_copies();
   }
 
-  // One query block: its share of dK and dV, and this block's share of its dQ.
-  __device__ __forceinline__ void visit(const Step& step, const Step& end, int stage) {
-    wait_copies<0>();
-    __syncthreads();
-    pass_turn();
-    if constexpr (Config::kStages > 1) copy_queries(after(step), end, 1 - stage);
-    if (ScoreWarps<Config>::exists()) recompute(step, stage);
-    const Visit turn = visit_of(step);
-    if (threadIdx.x == 0 && turn.rank > 0)
-      while (load_acquire(turn.done) < turn.rank) {
+  // P and dS of the warp's rows and keys. Where they stay in registers, dV += P^T dO and dK += dS^T Q.
+  __device__ __forceinline__ void recompute(int step) {
+    if (!ScoreWarps<Config>::exists()) return;
+    using Recompute = sm80::Recompute<T, Config, kGeneral>;
+    const ScoreWarps<Config> place;
+    const int stage = stage_of(step), buffer = buffer_of(step);
+#pragma unroll 1
+    for (int sub_row = 0; sub_row < Config::kRows; sub_row += Config::kSubRows) {
+      typename Recompute::Scores prob, ds;
+      {
+        const auto [head, block] = rows_of(step);
+        const int row = block * Config::kRows;
+        Recompute(p_, batch_, head, band_, call_.precision)(
+            memory_.operands(stage), row, key_begin(), sub_row, prob, ds, [&](int m, int half, int n, int e, float x) {
+              if (call_.direct_dbias)
+                write_dbias(head, row + sub_row + place.col + prob.row(m, half), key_begin() + place.row + prob.col(n, e),
+                            x);
+            });
       }
-    __syncthreads();
+      store(memory_.ds(buffer), ds, sub_row);
+      if constexpr (Config::kInRegisters) {
+        multiply_scores(dv_, prob, memory_.dout(stage), sub_row);
+        multiply_scores(dk_, ds, memory_.q(stage), sub_row);
+      } else {
+        store(memory_.p(buffer), prob, sub_row);
+      }
+    }
+  }
 
+  template <class Scores>
+  __device__ __forceinline__ void store(const typename Memory::P& tile, const Scores& x, int sub_row) const {
+    const ScoreWarps<Config> place;
+    const PairStore<typename Memory::P, Scores::kRowPieces> pairs(tile, place.row, sub_row + place.col);
+#pragma unroll
+    for (int n = 0; n < Scores::kColPieces; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int m = 0; m < Scores::kRowPieces; ++m) pairs.store(2 * n + e, m, x.at(m, 0, n, e), x.at(m, 1, n, e));
+  }
+
+  // gradient += X^T Y, X^T in registers, Y the rows of a tile from sub_row on.
+  template <class Scores>
+  __device__ __forceinline__ void multiply_scores(KeyGradient& gradient, const Scores& x, const typename Memory::Q& tile,
+                                                  int sub_row) const {
+    const typename Memory::Q rows{tile.base + sub_row * cuda::kSwizzleBytes};
+    multiply<Config::kSubRows / kStepDepth<T>>(
+        gradient, [&](int m, int k) { return as_left_operand<T>(x.transpose, m, k); },
+        TransposedOperand<typename Memory::Q, KeyPlace::N / 2, RowOrder::pairs>(rows), call_.precision);
+  }
+
+  // What is left of a step when all warps' P and dS are there.
+  __device__ __forceinline__ void finish(int step) {
+    const int stage = stage_of(step), buffer = buffer_of(step);
     if (QueryPlace::exists()) {
       QueryGradient dq;
       dq.fill(0);
-      multiply_operands<Config::kKeys>(dq, StraightOperand<typename Memory::P>(memory_.ds(), QueryPlace().row),
-                                       TransposedOperand<typename Memory::K>(memory_.k(), QueryPlace().col));  // dS K
-      add_to_dq(dq, step, turn);
+      const TransposedOperand<typename Memory::P, QueryPlace::M> ds(memory_.ds(buffer), QueryPlace().row);
+      multiply<Config::kKeys / kStepDepth<T>>(
+          dq, [&](int m, int k) { return ds.left(m, k); },
+          TransposedOperand<typename Memory::K, QueryPlace::N / 2>(memory_.k(), QueryPlace().col), call_.precision);  // dS K
+      add_to_dq(dq, rows_of(step));
     }
-    to_pass_ = turn.rank + 1 < turn.visitors ? turn.done : nullptr;
-    passed_ = turn.rank;
-    if (KeyPlace::exists()) {
-      multiply_operands<Config::kRows>(
-          dv_, TransposedOperand<typename Memory::P>(memory_.p(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q>(memory_.dout(stage), KeyPlace().col));  // P^T dO
-      multiply_operands<Config::kRows>(
-          dk_, TransposedOperand<typename Memory::P>(memory_.ds(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q>(memory_.q(stage), KeyPlace().col));  // dS^T Q
-    }
-    if constexpr (Config::kStages == 1) {
-      __syncthreads();
-      copy_queries(after(step), end, 0);
+    if constexpr (!Config::kInRegisters) {
+      if (!KeyPlace::exists()) return;
+      multiply_tiles(dv_, memory_.p(buffer), memory_.dout(stage));  // P^T dO
+      multiply_tiles(dk_, memory_.ds(buffer), memory_.q(stage));    // dS^T Q
     }
   }
 
-  template <int kDepth, int M, int N, class Left, class Right>
-  __device__ __forceinline__ void multiply_operands(Accumulator<M, N>& x, const Left& left, const Right& right) const {
-    multiply<kDepth / kStepDepth<T>>(x, [&](int m, int k) { return left.left(m, k); }, right, call_.precision);
-  }
-
-  // P and dS of the warp's rows and keys, into shared memory.
-  __device__ __forceinline__ void recompute(const Step& step, int stage) const {
-    using Recompute = sm80::Recompute<T, Config, kGeneral>;
-    const ScoreWarps<Config> place;
-    const int row = step.block * Config::kRows;
-    typename Recompute::Scores prob, ds;
-    Recompute(p_, batch_, step.head, band_, call_.precision)(
-        memory_.operands(stage), row, key_begin(), prob, ds, [&](int m, int half, int n, int e, float x) {
-          if (call_.direct_dbias)
-            write_dbias(step.head, row + place.row + prob.row(m, half), key_begin() + place.col + prob.col(n, e), x);
-        });
-    prob.for_each_row([&](int m, int half) {
-      const int r = place.row + prob.row(m, half);
-#pragma unroll
-      for (int n = 0; n < ScoreWarps<Config>::N; ++n) {
-        const int c = place.col + prob.col(n, 0);
-        store_pair(memory_.p(), r, c, prob.at(m, half, n, 0), prob.at(m, half, n, 1));
-        store_pair(memory_.ds(), r, c, ds.at(m, half, n, 0), ds.at(m, half, n, 1));
-      }
-    });
+  __device__ __forceinline__ void multiply_tiles(KeyGradient& gradient, const typename Memory::P& x,
+                                                 const typename Memory::Q& y) const {
+    const StraightOperand<typename Memory::P> left(x, KeyPlace().row);
+    multiply<Config::kRows / kStepDepth<T>>(
+        gradient, [&](int m, int k) { return left.left(m, k); },
+        TransposedOperand<typename Memory::Q, KeyPlace::N / 2>(y, KeyPlace().col), call_.precision);
   }
 
   // Where every element of bias belongs to one score, its gradient is that score's.
@@ -231,60 +268,65 @@ class BackwardTask {
 
   // ---- dQ, in turns -------------------------------------------------------------------------------------------------
 
-  struct Visit {
-    int rank, visitors;
-    int* done;
-    float* partial;
-  };
-  __device__ Visit visit_of(const Step& step) const {
-    const int begin = step.block * Config::kRows;
+  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Rows& rows) {
+    const int begin = rows.block * Config::kRows;
     const auto keys = band_.any(begin, min(begin + Config::kRows, band_.seqlen_q));
-    const int first = keys.begin / Config::kKeys;
+    const int first = keys.begin / Config::kKeys, visitors = ceil_div(keys.end, Config::kKeys) - first;
+    const int rank = last_first_ ? first + visitors - 1 - block_ : block_ - first;
     const int64_t block = call_.query_blocks.cu_seqlens
-                              ? call_.query_blocks.first(batch_) + step.block
-                              : static_cast<int64_t>(batch_) * call_.p.heads * call_.query_blocks_per_head + step.block;
-    const int64_t slot = step.head * call_.query_blocks_per_head + block;
-    return {block_ - first, ceil_div(keys.end, Config::kKeys) - first, call_.turns + slot,
-            call_.dq_partial + slot * kPartialFloats<Config>};
-  }
-
-  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Visit& turn) {
-    const QueryPlace place;
-    const bool last = turn.rank == turn.visitors - 1;
-    float4* const partial = reinterpret_cast<float4*>(turn.partial) + threadIdx.x;
+                              ? call_.query_blocks.first(batch_) + rows.block
+                              : static_cast<int64_t>(batch_) * p_.heads * call_.query_blocks_per_head + rows.block;
+    const int64_t slot = rows.head * call_.query_blocks_per_head + block;
+    int* const done = call_.turns + slot * Config::kWarps + warp_index();
+    if (rank > 0) {
+      if (lane_index() == 0)
+        while (load_acquire(done) < rank) {
+        }
+      __syncwarp();
+    }
+    const bool last = rank == visitors - 1;
+    float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + slot * kPartialFloats<Config>) + threadIdx.x;
 #pragma unroll
     for (int m = 0; m < QueryPlace::M; ++m)
 #pragma unroll
       for (int n = 0; n < QueryPlace::N; ++n) {
         float (&x)[4] = dq.x[m][n];
         float4* const sum = partial + (m * QueryPlace::N + n) * Config::kThreads;
-        if (turn.rank == 0 && !last) {
+        if (rank == 0 && !last) {
           *sum = {x[0], x[1], x[2], x[3]};
         } else if (!last) {
           add_to_global(reinterpret_cast<float*>(sum), x);
-        } else if (turn.rank > 0) {
+        } else if (rank > 0) {
           const float4 before = __ldcg(sum);
           x[0] += before.x, x[1] += before.y, x[2] += before.z, x[3] += before.w;
         }
       }
-    if (!last) return;
-    const int row = step.block * Config::kRows + place.row;
-    write_rows(dq, p_.dq, sequence_.q_start + row, step.head, band_.seqlen_q - row, place.col,
-               static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+    if (!last) {
+      to_pass_ = done;
+      passed_ = rank;
+      return;
+    }
+    const QueryPlace place;
+    const int row = begin + place.row;
+    write_rows(dq, p_.dq, q_start_ + row, rows.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
+               static_cast<float>(p_.softmax_scale));
   }
 
-  // Lets the next visitor of the query block of the last step begin. All threads have added their share by then.
+  // Lets the warp of the next visitor of the last step's query block begin. By now this warp's additions have left, which
+  // makes the release cheap.
   __device__ __forceinline__ void pass_turn() {
-    if (threadIdx.x == 0 && to_pass_) store_release(to_pass_, passed_ + 1);
+    __syncwarp();
+    if (lane_index() == 0 && to_pass_) store_release(to_pass_, passed_ + 1);
     to_pass_ = nullptr;
   }
 
   // ---- Results ------------------------------------------------------------------------------------------------------
 
   __device__ void write(const KeyGradient& x, const TensorView& view, int head_dim, float scale) const {
+    if (!KeyPlace::exists()) return;
     const KeyPlace place;
     const int row = key_begin() + place.row;
-    write_rows(x, view, sequence_.k_start + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
+    write_rows(x, view, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
   }
 
   // scale * x, an accumulator whose first element belongs to (row, col); `rows` of them exist.
@@ -304,33 +346,41 @@ class BackwardTask {
   const BackwardCall& call_;
   const BackwardProblem& p_;
   const int batch_, head_kv_, block_;
-  const Sequence sequence_;
+  const bool last_first_;         // key blocks were handed out from the last one on
+  const int q_start_, k_start_;  // cu_seqlens are int32
   const cuda::DeviceBand band_;
-  const Memory memory_;
-  int first_rows_ = 0, last_rows_ = -1;  // query blocks that see any of the keys
-  int* to_pass_ = nullptr;               // the turn that this block has had and not passed on
+  Memory memory_;
+  int first_rows_ = 0, row_blocks_ = 0;  // query blocks that see any of the keys
+  int* to_pass_ = nullptr;               // the turn that this warp has had and not passed on
   int passed_ = 0;
   KeyGradient dk_, dv_;
 };
 
 template <class T, class Config, bool kGeneral>
-__global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
+    backward_kernel(const __grid_constant__ BackwardCall call) {
   auto* const ticket =
       reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kTicket);
   if (threadIdx.x == 0) *ticket = atomicAdd(call.ticket, 1ull);
   __syncthreads();
-  const Tile tile = call.key_blocks[static_cast<int64_t>(*ticket)];
+  const int64_t number = static_cast<int64_t>(*ticket);
+  const Tile tile = call.key_blocks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
-  BackwardTask<T, Config, kGeneral>(call, tile, sequence).run();
+  BackwardTask<T, Config, kGeneral>(call, tile, call.key_blocks.is_last_first(number), sequence).run();
 }
 
-// ---- Host
-// --------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 // Thread blocks that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the
 // queries in the second-level cache.
-constexpr int64_t kConcurrentBlocks = 128;
+#ifndef CONCURRENT
+#define CONCURRENT 128
+#endif
+#ifndef ALTERNATE
+#define ALTERNATE true
+#endif
+constexpr int64_t kConcurrentBlocks = CONCURRENT;
 
 // The parts of the workspace.
 template <class Config>
@@ -353,7 +403,7 @@ struct BackwardSpace {
     delta.data = take<float>(base, heads * rows);
     delta.stride_batch = packed ? 0 : p.heads * rows;
     delta.stride_head = rows;
-    counter_count = 2 + heads * query_blocks;
+    counter_count = 2 + heads * query_blocks * Config::kWarps;
     counters = take<int>(base, counter_count);
     cu_seqlens_q = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
     cu_seqlens_k = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
@@ -391,6 +441,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   schedule.group = std::max<int64_t>(1, ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
   const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
+  schedule.alternate = ALTERNATE;
   const BackwardCall call{p,
                           schedule,
                           {p.cu_seqlens_q, p.batch, p.total_q, Config::kRows},

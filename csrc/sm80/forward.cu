@@ -135,7 +135,7 @@ class ForwardTask {
     // O += P V
     multiply<Config::kKeys / kStepDepth<T>>(
         output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
-        TransposedOperand<typename Memory::V, RowOrder::pairs>(memory_.v(stage)), call_.precision);
+        TransposedOperand<typename Memory::V, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)), call_.precision);
   }
 
   // O / l and lse = m + log l, the sink counted in.

@@ -145,21 +145,23 @@ class StraightOperand {
   uint32_t lane_;
 };
 
-// Columns of a tile, from col0 on (a multiple of 16), as an operand that is stored the other way round: a left operand
-// [k][m] or a right operand [k][n].
-template <class Tile, RowOrder kOrder = RowOrder::natural>
+// kPieces x 16 columns of a tile, from col0 on (a multiple of their number), as an operand that is stored the other way
+// round: a left operand [k][m] or a right operand [k][n].
+template <class Tile, int kPieces, RowOrder kOrder = RowOrder::natural>
 class TransposedOperand {
  public:
   using T = typename Tile::Element;
 
-  __device__ __forceinline__ explicit TransposedOperand(const Tile& tile, int col0 = 0) : first_(col0 / 16) {
+  __device__ __forceinline__ explicit TransposedOperand(const Tile& tile, int col0 = 0)
+      : first_(kAligned ? 0 : col0 / 16) {
+    const int col = kAligned ? col0 : 0;
     if constexpr (kWide) {
-      const int t = lane_index() % 4, column = lane_index() / 4;
+      const int t = lane_index() % 4, column = col + lane_index() / 4;
       const bool pairs = kOrder == RowOrder::pairs;
       lane_[0] = tile.address(pairs ? 2 * t : t, column);
       lane_[1] = tile.address(pairs ? 2 * t + 1 : t + 4, column);
     } else {
-      lane_[0] = tile.address(lane_index() % 16, 0) ^ (lane_index() / 16 * 16);
+      lane_[0] = tile.address(lane_index() % 16, col) ^ (lane_index() / 16 * 16);
     }
   }
 
@@ -177,6 +179,8 @@ class TransposedOperand {
 
  private:
   static constexpr bool kWide = sizeof(T) == 4;  // ldmatrix transposes 16-bit elements only
+  // Pieces fill 128 bytes or divide them: a step along the row is an exclusive or with what the lane has.
+  static constexpr bool kAligned = (kPieces & (kPieces - 1)) == 0;
 
   // kStepDepth rows by 16 columns.
   __device__ __forceinline__ void load(int step, int columns, uint32_t (&x)[4]) const {
@@ -195,6 +199,35 @@ class TransposedOperand {
 
   uint32_t lane_[kWide ? 2 : 1];
   int first_;
+};
+
+// Where a warp's pairs of neighbouring elements go, of an accumulator with kPieces x 8 columns whose first element belongs
+// to (row0, col0) of a tile; col0 is a multiple of the columns, row0 one of 8.
+template <class Tile, int kPieces>
+class PairStore {
+  using T = typename Tile::Element;
+  static constexpr int kPieceBytes = 8 * sizeof(T);
+  static_assert((kPieces & (kPieces - 1)) == 0);
+
+ public:
+  __device__ __forceinline__ PairStore(const Tile& tile, int row0, int col0)
+      : lane_(tile.address(row0 + lane_index() / 4, col0 + lane_index() % 4 * 2)) {}
+
+  // The pair of columns piece n, in the eight rows number `rows`.
+  __device__ __forceinline__ void store(int rows, int n, float x, float y) const {
+    const int byte = n * kPieceBytes;
+    const uint32_t address = (lane_ ^ (byte % cuda::kSwizzleBytes)) +
+                             (byte / cuda::kSwizzleBytes * Tile::kRows + rows * 8) * cuda::kSwizzleBytes;
+    if constexpr (std::is_same_v<T, float>) {
+      store_shared(address, __float_as_uint(x));
+      store_shared(address + 4, __float_as_uint(y));
+    } else {
+      store_shared(address, pack(x, y, T{}));
+    }
+  }
+
+ private:
+  uint32_t lane_;
 };
 
 // ---- Products ------------------------------------------------------------------------------------------------------
