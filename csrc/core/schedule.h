@@ -37,15 +37,25 @@ struct TileSchedule {
 // sequence.
 struct PackedBlocks {
   const int32_t* cu_seqlens = nullptr;
-  int64_t batch = 0, total = 0, block_rows = 1;
+  int32_t batch = 0, total = 0, block_rows = 1;
 
-  FAE_INLINE int64_t size() const { return total / block_rows + batch; }
-  FAE_INLINE int64_t first(int64_t b) const { return clamp_length(cu_seqlens[b], total) / block_rows + b; }
+  PackedBlocks() = default;
+  FAE_INLINE PackedBlocks(const int32_t* cu_seqlens_, int64_t batch_, int64_t total_, int64_t block_rows_)
+      : cu_seqlens(cu_seqlens_),
+        batch(static_cast<int32_t>(batch_)),
+        total(static_cast<int32_t>(clamp_length(total_, int64_t{INT32_MAX}))),  // cu_seqlens point no further
+        block_rows(static_cast<int32_t>(block_rows_)) {}
+  FAE_INLINE int32_t size() const { return total / block_rows + batch; }
+  FAE_INLINE int32_t first(int32_t b) const {
+    return static_cast<int32_t>(static_cast<uint32_t>(clamp_length(cu_seqlens[b], total)) /
+                                static_cast<uint32_t>(block_rows)) +
+           b;
+  }
   // The last sequence that begins at or before `number`.
-  FAE_INLINE Tile operator[](int64_t number) const {
-    int64_t b = 0;
-    for (int64_t above = batch; above - b > 1;) {
-      const int64_t middle = (b + above) / 2;
+  FAE_INLINE Tile operator[](int32_t number) const {
+    int32_t b = 0;
+    for (int32_t above = batch; above - b > 1;) {
+      const int32_t middle = (b + above) / 2;
       (first(middle) <= number ? b : above) = middle;
     }
     return {b, 0, number - first(b)};
@@ -53,37 +63,46 @@ struct PackedBlocks {
 };
 
 // Tasks of a grid of thread blocks: (batch, head) pairs in groups, whose tensors share the cache, and in each group the
-// tiles with the block slowest. Lengths are read on the device only.
+// tiles with the block slowest. Lengths are read on the device only. Numbers have 32 bits: a grid has no more, and a
+// division of 64 takes a GPU longer than a small tile.
 struct GridSchedule {
-  int64_t pairs = 0, heads = 0, blocks = 0, group = 1;
+  int64_t tasks = 0;  // more than 32 bits of them do not launch
+  uint32_t pairs = 0, heads = 0, blocks = 0, group = 1;
   bool last_first = false;
-  bool alternate = false;  // groups have their last blocks first in turns, and the last group its first one
-  PackedBlocks packed;  // null cu_seqlens: every sequence has `blocks` blocks
+  bool alternate = false;  // groups have their last block first in turns, and the last group its first one
+  PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
                           int64_t total)
-      : pairs(batch * heads_), heads(heads_), blocks(ceil_div(seqlen, block_rows)) {
+      : tasks(batch * heads_ * ceil_div(seqlen, block_rows)),
+        pairs(static_cast<uint32_t>(batch * heads_)),
+        heads(static_cast<uint32_t>(heads_)),
+        blocks(static_cast<uint32_t>(ceil_div(seqlen, block_rows))) {
     if (!cu_seqlens) return;
-    packed = {cu_seqlens, batch, total, block_rows};
+    packed = PackedBlocks(cu_seqlens, batch, total, block_rows);
     pairs = heads;
-    blocks = packed.size();
+    blocks = static_cast<uint32_t>(packed.size());
+    tasks = heads_ * packed.size();
   }
-  FAE_INLINE int64_t size() const { return pairs * blocks; }
+  FAE_INLINE void group_pairs(int64_t count) {
+    group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
+  }
+  FAE_INLINE int64_t size() const { return tasks; }
   // Whether the blocks of the group that a number falls into are counted from the end.
-  FAE_INLINE bool is_last_first(int64_t index) const {
+  FAE_INLINE bool is_last_first(uint32_t index) const {
     return last_first || (alternate && ((pairs - 1) / group - index / (group * blocks)) % 2 != 0);
   }
-  FAE_INLINE Tile operator[](int64_t index) const {
-    const int64_t first = index / (group * blocks) * group;
-    const int64_t in_group = pairs - first < group ? pairs - first : group;
-    const int64_t rest = index - first * blocks;
-    const int64_t pair = first + rest % in_group, number = rest / in_group;
-    Tile tile = {pair / heads, pair % heads, is_last_first(index) ? blocks - 1 - number : number};
+  FAE_INLINE Tile operator[](uint32_t index) const {
+    const uint32_t first = index / (group * blocks) * group;
+    const uint32_t in_group = pairs - first < group ? pairs - first : group;
+    const uint32_t rest = index - first * blocks, number = rest / in_group, pair = first + (rest - number * in_group);
+    const uint32_t block = is_last_first(index) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
-      tile = packed[tile.block];
+      Tile tile = packed[static_cast<int32_t>(block)];
       tile.head = pair;
+      return tile;
     }
-    return tile;
+    return {pair / heads, pair % heads, block};
   }
 };
 

@@ -22,17 +22,14 @@ FAE_INLINE bool plain_scores(const Problem& p) {
   return !p.general_scores() && static_cast<float>(p.softmax_scale) > 0;
 }
 
-// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins.
+// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
 template <class Scores>
 __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {
-  s.for_each_row([&](int m, int half) {
-    const int row = row0 + s.row(m, half), lo = band.lo(row) - col0, size = band.hi(row) - col0 - lo;
-#pragma unroll
-    for (int n = 0; n < Scores::kColPieces; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<unsigned>(s.col(n, e) - lo) >= static_cast<unsigned>(size > 0 ? size : 0))
-          s.at(m, half, n, e) = minus_infinity<float>();
+  const int diagonal = col0 - row0 - band.first, cols = band.seqlen_k - col0;
+  const unsigned width = static_cast<unsigned>(band.last - band.first);
+  s.for_each([&](int m, int half, int n, int e) {
+    const int row = s.row(m, half), col = s.col(n, e);
+    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols) s.at(m, half, n, e) = minus_infinity<float>();
   });
 }
 

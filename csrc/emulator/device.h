@@ -81,6 +81,7 @@ inline int __any_sync(unsigned, int predicate) {
       &predicate, &out);
   return out;
 }
+inline int __all_sync(unsigned mask, int predicate) { return !__any_sync(mask, !predicate); }
 
 template <class T>
 T atomicAdd(T* address, T value) {

@@ -15,8 +15,6 @@ inline uint32_t shared_offset(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_memory());
 }
 
-inline void forget_origin(uint32_t&) {}
-
 using Words = uint32_t[4];
 
 inline void load_matrices(uint32_t address, Words& x) {
@@ -65,11 +63,11 @@ inline void store_shared_16_bytes(uint32_t address, const uint4& x) {
   std::memcpy(emulator::shared_bytes(address, 16), &x, 16);
 }
 
-inline void copy_16_bytes(uint32_t address, const void* global, int valid) {
-  emulator::copy_later(address, global, 16, valid);
+inline void copy_16_bytes(uint32_t address, const void* global, bool valid) {
+  emulator::copy_later(address, global, 16, valid ? 16 : 0);
 }
-inline void copy_4_bytes(uint32_t address, const void* global, int valid) {
-  emulator::copy_later(address, global, 4, valid);
+inline void copy_4_bytes(uint32_t address, const void* global, bool valid) {
+  emulator::copy_later(address, global, 4, valid ? 4 : 0);
 }
 inline void commit_copies() { emulator::close_copy_group(); }
 template <int kLeft>
@@ -136,6 +134,7 @@ inline void add_to_global(float* p, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) p[i] += x[i];
 }
 inline int load_acquire(const int* p) { return *p; }
+inline int load_relaxed(const int* p) { return *p; }
 inline void store_release(int* p, int x) { *p = x; }
 
 }  // namespace fae::sm80

@@ -61,7 +61,7 @@ void bind_schedule(py::module_& m) {
          int64_t total, int64_t group, bool last_first) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
-        schedule.group = group;
+        schedule.group_pairs(group);
         schedule.last_first = last_first;
         std::vector<std::array<int64_t, 3>> tiles;
         for (int64_t i = 0; i < schedule.size(); ++i)

@@ -31,7 +31,7 @@ struct BackwardCall {
   unsigned long long* ticket;
   int* turns;         // [head or batch x head][query block][warp]: visitors that are done
   float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
-  bool q_whole_vectors, k_whole_vectors, v_whole_vectors, dout_whole_vectors;
+  bool whole_vectors;  // of all tensors
   bool direct_dbias;
   Precision precision;
 };
@@ -45,8 +45,7 @@ struct BackwardMemory {
   static constexpr int kBufferBytes = (Config::kInRegisters ? 1 : 2) * P::kBytes;
   static constexpr int kBuffers = 2 * K::kBytes + Config::kStages * kStageBytes;
   static constexpr int kStatistics = kBuffers + Config::kBuffers * kBufferBytes;
-  static constexpr int kTicket = kStatistics + Config::kStages * Config::kRows * 8;
-  static constexpr int kBytes = kTicket + 8;
+  static constexpr int kBytes = kStatistics + Config::kStages * Config::kRows * 8;
 
   uint32_t base;
 
@@ -81,6 +80,7 @@ using QueryWarps = WarpPlace<Config, Config::kRows, Config::kDim, Config::kQuery
 template <class Config>
 constexpr int64_t kPartialFloats = QueryWarps<Config>::M * QueryWarps<Config>::N * 4 * Config::kThreads;
 
+// kGeneral: scores are more than products times a scale, or not all tensors load and store in whole vectors.
 template <class T, class Config, bool kGeneral>
 class BackwardTask {
   using Memory = BackwardMemory<T, Config>;
@@ -108,38 +108,38 @@ class BackwardTask {
   }
 
   __device__ void run() {
-    const int rows = band_.seqlen_k - key_begin();
-    copy_rows<Config::kThreads>(memory_.k(), GlobalRows<T>(p_.k, batch_, k_start_ + key_begin(), head_kv_, rows,
-                                                           p_.head_dim, 0, call_.k_whole_vectors));
-    copy_rows<Config::kThreads>(memory_.v(), GlobalRows<T>(p_.v, batch_, k_start_ + key_begin(), head_kv_, rows,
-                                                           p_.head_dim_v, 0, call_.v_whole_vectors));
+    copy_keys(memory_.k(), p_.k, p_.head_dim);
+    copy_keys(memory_.v(), p_.v, p_.head_dim_v);
     dk_.fill(0);
     dv_.fill(0);
-    const int steps = row_blocks_ * static_cast<int>(p_.heads / p_.heads_kv);
-    copy_queries(0, steps);
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), end = row_blocks_ > 0 ? (head_kv_ + 1) * group : 0;
+    Step step{head_kv_ * group, first_of_head(), 0};
+    copy_queries(step, end);
     if constexpr (Config::kLag) {
+      Step before{-1, 0, 0};
 #pragma unroll 1
-      for (int step = 0; step <= steps; ++step) {
+      for (; before.head < end; before = step, step = after(step)) {
         wait_copies<0>();
         __syncthreads();
-        copy_queries(step + 1, steps);
-        forget_origin(memory_.base);
-        if (step > 0) finish(step - 1);
-        forget_origin(memory_.base);
-        if (step < steps) recompute(step);
+        copy_queries(after(step), end);
+        if (!Config::kInRegisters && before.head >= 0) finish(before);
+        if (step.head < end) recompute(step);
+        if (Config::kInRegisters && before.head >= 0) finish(before);
         pass_turn();
       }
     } else {
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
+      for (; step.head < end; step = after(step)) {
         wait_copies<0>();
         __syncthreads();
+        if (Config::kStages > 1) copy_queries(after(step), end);
         recompute(step);
         __syncthreads();
         finish(step);
         pass_turn();
+        if (Config::kStages > 1) continue;
         __syncthreads();
-        copy_queries(step + 1, steps);
+        copy_queries(after(step), end);
       }
     }
     write(dk_, p_.dk, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
@@ -149,52 +149,57 @@ class BackwardTask {
  private:
   __device__ int key_begin() const { return block_ * Config::kKeys; }
 
-  // The query block of a step. Key blocks that were handed out from the first one on walk the queries from the end, others
-  // from the start: each follows its predecessor at a distance.
-  struct Rows {
-    int head, block;
+  // A query block of a head, and its number, which tells where in shared memory it lies. Key blocks that were handed out
+  // from the first one on walk the queries from the end, others from the start: each follows its predecessor at a
+  // distance.
+  struct Step {
+    int head, block, number;
+    __device__ int stage() const { return number % Config::kStages; }
+    __device__ int buffer() const { return number % Config::kBuffers; }
   };
-  __device__ Rows rows_of(int step) const {
-    const int group = static_cast<int>(p_.heads / p_.heads_kv), i = step % row_blocks_;
-    return {head_kv_ * group + step / row_blocks_, first_rows_ + (last_first_ ? i : row_blocks_ - 1 - i)};
+  __device__ int first_of_head() const { return last_first_ ? first_rows_ : first_rows_ + row_blocks_ - 1; }
+  __device__ Step after(const Step& step) const {
+    const int block = step.block + (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head + 1, same_head ? block : first_of_head(), step.number + 1};
   }
-  static __device__ int stage_of(int step) { return step % Config::kStages; }
-  static __device__ int buffer_of(int step) { return step % Config::kBuffers; }
+
+  __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
+    copy_rows<Config::kThreads, !kGeneral>(to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_,
+                                                            band_.seqlen_k - key_begin(), dim, 0, call_.whole_vectors));
+  }
 
   // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
-  __device__ __forceinline__ void copy_queries(int step, int steps) const {
-    if (step < steps) {
-      const auto [head, block] = rows_of(step);
-      const int begin = block * Config::kRows, rows = band_.seqlen_q - begin, stage = stage_of(step);
+  __device__ __forceinline__ void copy_queries(const Step& step, int end) const {
+    if (step.head < end) {
+      const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin, stage = step.stage();
       const int64_t row = q_start_ + begin;
-      copy_rows<Config::kThreads>(
-          memory_.q(stage), GlobalRows<T>(p_.q, batch_, row, head, rows, p_.head_dim, 0, call_.q_whole_vectors));
-      copy_rows<Config::kThreads>(memory_.dout(stage), GlobalRows<T>(p_.dout, batch_, row, head, rows, p_.head_dim_v, 0,
-                                                                     call_.dout_whole_vectors));
-      copy_statistics<Config>(memory_.statistics(stage), p_, batch_, row, head, rows);
+      const auto copy = [&](const typename Memory::Q& to, const TensorView& view, int64_t dim) {
+        copy_rows<Config::kThreads, !kGeneral>(
+            to, GlobalRows<T>(view, batch_, row, step.head, rows, dim, 0, call_.whole_vectors));
+      };
+      copy(memory_.q(stage), p_.q, p_.head_dim);
+      copy(memory_.dout(stage), p_.dout, p_.head_dim_v);
+      copy_statistics<Config>(memory_.statistics(stage), p_, batch_, row, step.head, rows);
     }
     commit_copies();
   }
 
   // P and dS of the warp's rows and keys. Where they stay in registers, dV += P^T dO and dK += dS^T Q.
-  __device__ __forceinline__ void recompute(int step) {
+  __device__ __forceinline__ void recompute(const Step& step) {
     if (!ScoreWarps<Config>::exists()) return;
     using Recompute = sm80::Recompute<T, Config, kGeneral>;
     const ScoreWarps<Config> place;
-    const int stage = stage_of(step), buffer = buffer_of(step);
+    const int stage = step.stage(), buffer = step.buffer(), row = step.block * Config::kRows;
 #pragma unroll 1
     for (int sub_row = 0; sub_row < Config::kRows; sub_row += Config::kSubRows) {
       typename Recompute::Scores prob, ds;
-      {
-        const auto [head, block] = rows_of(step);
-        const int row = block * Config::kRows;
-        Recompute(p_, batch_, head, band_, call_.precision)(
-            memory_.operands(stage), row, key_begin(), sub_row, prob, ds, [&](int m, int half, int n, int e, float x) {
-              if (call_.direct_dbias)
-                write_dbias(head, row + sub_row + place.col + prob.row(m, half), key_begin() + place.row + prob.col(n, e),
-                            x);
-            });
-      }
+      Recompute(p_, batch_, step.head, band_, call_.precision)(
+          memory_.operands(stage), row, key_begin(), sub_row, prob, ds, [&](int m, int half, int n, int e, float x) {
+            if (call_.direct_dbias)
+              write_dbias(step.head, row + sub_row + place.col + prob.row(m, half),
+                          key_begin() + place.row + prob.col(n, e), x);
+          });
       store(memory_.ds(buffer), ds, sub_row);
       if constexpr (Config::kInRegisters) {
         multiply_scores(dv_, prob, memory_.dout(stage), sub_row);
@@ -224,20 +229,23 @@ class BackwardTask {
     const typename Memory::Q rows{tile.base + sub_row * cuda::kSwizzleBytes};
     multiply<Config::kSubRows / kStepDepth<T>>(
         gradient, [&](int m, int k) { return as_left_operand<T>(x.transpose, m, k); },
-        TransposedOperand<typename Memory::Q, KeyPlace::N / 2, RowOrder::pairs>(rows), call_.precision);
+        TransposedOperand<typename Memory::Q, Side::right, KeyPlace::N / 2, RowOrder::pairs>(rows), call_.precision);
   }
 
   // What is left of a step when all warps' P and dS are there.
-  __device__ __forceinline__ void finish(int step) {
-    const int stage = stage_of(step), buffer = buffer_of(step);
+  __device__ __forceinline__ void finish(const Step& step) {
+    const int stage = step.stage(), buffer = step.buffer();
     if (QueryPlace::exists()) {
+      const Turn turn = turn_of(step);
+      const int done = turn.rank > 0 ? load_relaxed(turn.done) : 0;  // comes while the product is computed
       QueryGradient dq;
       dq.fill(0);
-      const TransposedOperand<typename Memory::P, QueryPlace::M> ds(memory_.ds(buffer), QueryPlace().row);
+      const TransposedOperand<typename Memory::P, Side::left, QueryPlace::M> ds(memory_.ds(buffer), QueryPlace().row);
       multiply<Config::kKeys / kStepDepth<T>>(
           dq, [&](int m, int k) { return ds.left(m, k); },
-          TransposedOperand<typename Memory::K, QueryPlace::N / 2>(memory_.k(), QueryPlace().col), call_.precision);  // dS K
-      add_to_dq(dq, rows_of(step));
+          TransposedOperand<typename Memory::K, Side::right, QueryPlace::N / 2>(memory_.k(), QueryPlace().col),
+          call_.precision);  // dS K
+      add_to_dq(dq, step, turn, done);
     }
     if constexpr (!Config::kInRegisters) {
       if (!KeyPlace::exists()) return;
@@ -248,10 +256,10 @@ class BackwardTask {
 
   __device__ __forceinline__ void multiply_tiles(KeyGradient& gradient, const typename Memory::P& x,
                                                  const typename Memory::Q& y) const {
-    const StraightOperand<typename Memory::P> left(x, KeyPlace().row);
+    const StraightOperand<typename Memory::P, Side::left> left(x, KeyPlace().row);
     multiply<Config::kRows / kStepDepth<T>>(
         gradient, [&](int m, int k) { return left.left(m, k); },
-        TransposedOperand<typename Memory::Q, KeyPlace::N / 2>(y, KeyPlace().col), call_.precision);
+        TransposedOperand<typename Memory::Q, Side::right, KeyPlace::N / 2>(y, KeyPlace().col), call_.precision);
   }
 
   // Where every element of bias belongs to one score, its gradient is that score's.
@@ -268,55 +276,78 @@ class BackwardTask {
 
   // ---- dQ, in turns -------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Rows& rows) {
-    const int begin = rows.block * Config::kRows;
+  struct Turn {
+    int rank, visitors;
+    int64_t slot;
+    int* done;
+  };
+  __device__ __forceinline__ Turn turn_of(const Step& step) const {
+    const int begin = step.block * Config::kRows;
     const auto keys = band_.any(begin, min(begin + Config::kRows, band_.seqlen_q));
     const int first = keys.begin / Config::kKeys, visitors = ceil_div(keys.end, Config::kKeys) - first;
     const int rank = last_first_ ? first + visitors - 1 - block_ : block_ - first;
-    const int64_t block = call_.query_blocks.cu_seqlens
-                              ? call_.query_blocks.first(batch_) + rows.block
-                              : static_cast<int64_t>(batch_) * p_.heads * call_.query_blocks_per_head + rows.block;
-    const int64_t slot = rows.head * call_.query_blocks_per_head + block;
-    int* const done = call_.turns + slot * Config::kWarps + warp_index();
+    const int blocks = static_cast<int>(call_.query_blocks_per_head);
+    const int64_t slot = (call_.query_blocks.cu_seqlens ? int64_t{step.head} * blocks + call_.query_blocks.first(batch_)
+                                                        : (batch_ * p_.heads + step.head) * blocks) +
+                         step.block;
+    return {rank, visitors, slot, call_.turns + slot * Config::kWarps + warp_index()};
+  }
+
+  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Turn& turn, int done) {
+    const auto [rank, visitors, slot, flag] = turn;
+#ifndef NOTURN
+#ifdef HINT
+    while (done < rank) done = load_relaxed(flag);
+    __syncwarp();
+#else
     if (rank > 0) {
       if (lane_index() == 0)
-        while (load_acquire(done) < rank) {
+        while (load_acquire(flag) < rank) {
         }
       __syncwarp();
     }
-    const bool last = rank == visitors - 1;
+#endif
+#endif
     float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + slot * kPartialFloats<Config>) + threadIdx.x;
-#pragma unroll
-    for (int m = 0; m < QueryPlace::M; ++m)
-#pragma unroll
-      for (int n = 0; n < QueryPlace::N; ++n) {
-        float (&x)[4] = dq.x[m][n];
-        float4* const sum = partial + (m * QueryPlace::N + n) * Config::kThreads;
-        if (rank == 0 && !last) {
-          *sum = {x[0], x[1], x[2], x[3]};
-        } else if (!last) {
-          add_to_global(reinterpret_cast<float*>(sum), x);
-        } else if (rank > 0) {
-          const float4 before = __ldcg(sum);
-          x[0] += before.x, x[1] += before.y, x[2] += before.z, x[3] += before.w;
-        }
-      }
-    if (!last) {
-      to_pass_ = done;
+    if (rank < visitors - 1) {
+      if (rank == 0)
+        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { *sum = {x[0], x[1], x[2], x[3]}; });
+      else
+        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { add_to_global(reinterpret_cast<float*>(sum), x); });
+      to_pass_ = flag;
       passed_ = rank;
       return;
     }
+    if (rank > 0)
+      for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) {
+        const float4 before = __ldcg(sum);
+        x[0] += before.x, x[1] += before.y, x[2] += before.z, x[3] += before.w;
+      });
     const QueryPlace place;
-    const int row = begin + place.row;
-    write_rows(dq, p_.dq, q_start_ + row, rows.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
+    const int row = step.block * Config::kRows + place.row;
+    write_rows(dq, p_.dq, q_start_ + row, step.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
                static_cast<float>(p_.softmax_scale));
+  }
+
+  template <class F>
+  static __device__ __forceinline__ void for_each_sum(QueryGradient& dq, float4* partial, F&& f) {
+#pragma unroll
+    for (int m = 0; m < QueryPlace::M; ++m)
+#pragma unroll
+      for (int n = 0; n < QueryPlace::N; ++n) f(partial + (m * QueryPlace::N + n) * Config::kThreads, dq.x[m][n]);
   }
 
   // Lets the warp of the next visitor of the last step's query block begin. By now this warp's additions have left, which
   // makes the release cheap.
   __device__ __forceinline__ void pass_turn() {
     __syncwarp();
+#ifndef NOTURN
+#ifdef NOFENCE
+    if (lane_index() == 0 && to_pass_) *(volatile int*)to_pass_ = passed_ + 1;
+#else
     if (lane_index() == 0 && to_pass_) store_release(to_pass_, passed_ + 1);
+#endif
+#endif
     to_pass_ = nullptr;
   }
 
@@ -335,11 +366,25 @@ class BackwardTask {
                                              int rows, int col, int cols, float scale) const {
     x.for_each_row([&](int m, int half) {
       const int r = x.row(m, half);
-      if (r >= rows) return;
       T* const to = row_ptr<T>(view, batch_, row + r, head);
+      if constexpr (!kGeneral && N % 2 == 0) {
+        // The quad of a row swaps what it holds, so that each lane has 16 bytes.
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+        for (int n = 0; n < N; n += 4) {
+          uint32_t words[4] = {};
+#pragma unroll
+          for (int i = 0; i < 4 && n + i < N; ++i)
+            words[i] = pack(x.at(m, half, n + i, 0) * scale, x.at(m, half, n + i, 1) * scale, T{});
+          const int c = col + 8 * (n + lane_index() % 4);
+          const uint4 chunk = quad_transpose(words);
+          if (r < rows && c < cols && n + lane_index() % 4 < N) *reinterpret_cast<uint4*>(to + c) = chunk;
+        }
+      } else {
+        if (r >= rows) return;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+          store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+      }
     });
   }
 
@@ -356,14 +401,15 @@ class BackwardTask {
   KeyGradient dk_, dv_;
 };
 
-template <class T, class Config, bool kGeneral>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
-    backward_kernel(const __grid_constant__ BackwardCall call) {
+template <class T, class Config_, bool kGeneral>
+__global__ void __launch_bounds__(Config_::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
+  using Config = std::conditional_t<kGeneral, HalfSubRows<Config_>, Config_>;
+  // In a place that nobody writes to before the first barrier of the walk.
   auto* const ticket =
-      reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kTicket);
+      reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kBuffers);
   if (threadIdx.x == 0) *ticket = atomicAdd(call.ticket, 1ull);
   __syncthreads();
-  const int64_t number = static_cast<int64_t>(*ticket);
+  const auto number = static_cast<uint32_t>(*ticket);
   const Tile tile = call.key_blocks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
@@ -396,7 +442,7 @@ struct BackwardSpace {
 
   BackwardSpace(const BackwardProblem& p, void* base) {
     const bool packed = p.cu_seqlens_q != nullptr;
-    const PackedBlocks blocks{p.cu_seqlens_q, p.batch, p.total_q, Config::kRows};
+    const PackedBlocks blocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows);
     query_blocks = packed ? blocks.size() : ceil_div(p.max_seqlen_q, Config::kRows);
     heads = packed ? p.heads : p.batch * p.heads;
     const int64_t rows = packed ? p.total_q : p.max_seqlen_q;
@@ -438,48 +484,65 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group = std::max<int64_t>(1, ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
-  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
-  const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
+  schedule.group_pairs(ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
   schedule.alternate = ALTERNATE;
+  const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
+  bool whole = true;
+  for (const TensorView* t : {&p.q, &p.k, &p.dq, &p.dk}) whole &= whole_vectors<T>(*t, p.head_dim);
+  for (const TensorView* t : {&p.v, &p.dout, &p.dv}) whole &= whole_vectors<T>(*t, p.head_dim_v);
   const BackwardCall call{p,
                           schedule,
-                          {p.cu_seqlens_q, p.batch, p.total_q, Config::kRows},
+                          PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
                           space.query_blocks,
                           reinterpret_cast<unsigned long long*>(space.counters),
                           space.counters + 2,
                           space.dq_partial,
-                          whole(p.q),
-                          whole(p.k),
-                          whole(p.v),
-                          whole(p.dout),
+                          whole,
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
-  const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
-  if (sizeof(T) == 2 && cuda::plain_scores(p))
-    cuda::launch("sm80 backward", backward_kernel<T, Config, sizeof(T) == 4>, grid, execution.stream, call);
-  else
-    cuda::launch("sm80 backward", backward_kernel<T, Config, true>, grid, execution.stream, call);
+  const auto launch = [&](auto kernel) {
+    const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
+    cuda::launch("sm80 backward", kernel, grid, execution.stream, call);
+  };
+  if constexpr (sizeof(T) == 2)
+    if (whole && cuda::plain_scores(p)) return launch(backward_kernel<T, Config, false>);
+  launch(backward_kernel<T, Config, true>);
+}
+
+// f(config) with the config for this device.
+template <class T, class F>
+auto with_config(F&& f) {
+  using Large = LargeBackwardConfig<T, FAE_HEAD_DIM>;
+  if (cuda::shared_memory_per_block() >= static_cast<size_t>(BackwardMemory<T, Large>::kBytes)) return f(Large{});
+  return f(BackwardConfig<T, FAE_HEAD_DIM>{});
+}
+
+template <class T>
+size_t workspace_of(const BackwardProblem& p) {
+  return with_config<T>([&](auto config) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; });
+}
+template <class T>
+void run(const BackwardProblem& p, const Execution& execution) {
+  with_config<T>([&](auto config) { run_backward<T, decltype(config)>(p, execution); });
 }
 
 }  // namespace
 
 template <>
 size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
-  return p.dtype == DType::float32 ? BackwardSpace<BackwardConfig<float, FAE_HEAD_DIM>>(p, nullptr).bytes
-                                   : BackwardSpace<BackwardConfig<__half, FAE_HEAD_DIM>>(p, nullptr).bytes;
+  return p.dtype == DType::float32 ? workspace_of<float>(p) : workspace_of<__half>(p);
 }
 
 template <>
 void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
   switch (p.dtype) {
     case DType::bfloat16:
-      return run_backward<__nv_bfloat16, BackwardConfig<__nv_bfloat16, FAE_HEAD_DIM>>(p, execution);
+      return run<__nv_bfloat16>(p, execution);
     case DType::float16:
-      return run_backward<__half, BackwardConfig<__half, FAE_HEAD_DIM>>(p, execution);
+      return run<__half>(p, execution);
     case DType::float32:
-      return run_backward<float, BackwardConfig<float, FAE_HEAD_DIM>>(p, execution);
+      return run<float>(p, execution);
     case DType::float64:
       break;  // declined
   }

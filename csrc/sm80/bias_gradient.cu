@@ -176,14 +176,13 @@ using Config = BiasGradientConfig<T, FAE_HEAD_DIM>;
 template <class T>
 void run(const BackwardProblem& p, void* workspace, void* stream) {
   using C = Config<T>;
-  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
   const BiasCall<C> call{p,
                          BiasTiles<C>(p),
                          static_cast<double*>(workspace),
-                         whole(p.q),
-                         whole(p.k),
-                         whole(p.v),
-                         whole(p.dout),
+                         whole_vectors<T>(p.q, p.head_dim),
+                         whole_vectors<T>(p.k, p.head_dim),
+                         whole_vectors<T>(p.v, p.head_dim_v),
+                         whole_vectors<T>(p.dout, p.head_dim_v),
                          precision_of(p)};
   cuda::launch("sm80 bias gradient", bias_gradient_kernel<T, C>,
                cuda::Grid{call.tiles.tiles * call.tiles.splits, C::kThreads, BiasMemory<T, C>::kBytes}, stream, call);

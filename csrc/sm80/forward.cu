@@ -17,9 +17,15 @@ struct ForwardCall {
   Problem p;
   GridSchedule schedule;
   int value_chunks;  // thread blocks that share the columns of O
-  bool q_whole_vectors, k_whole_vectors, v_whole_vectors;
+  bool whole_vectors;  // of all tensors
   Precision precision;
 };
+
+// Sums of P stay below this while maxima are those of earlier blocks: P and O keep within their types' range.
+template <class T>
+constexpr float kSumLimit = 0x1p60f;
+template <>
+constexpr float kSumLimit<__half> = 0x1p15f;
 
 template <class T, class Config>
 struct ForwardMemory {
@@ -38,10 +44,14 @@ struct ForwardMemory {
   __device__ V v(int stage) const { return {base + Q::kBytes + stage * kStageBytes + K::kBytes}; }
 };
 
-template <class T, class Config, bool kGeneral>
+// kGeneral: scores are more than products times a scale. kAligned: all tensors load and store in whole vectors.
+template <class T, class Config, bool kGeneral, bool kAligned>
 class ForwardTask {
   using Memory = ForwardMemory<T, Config>;
   static constexpr int M = Config::kWarpRows / 16, N = Config::kKeys / 8, ND = Config::kDimV / 8;
+  using Scores = Accumulator<M, N>;
+  static constexpr int kQuerySteps = Config::kDim / kStepDepth<T>;
+  static constexpr bool kQueryInRegisters = Config::kQueryInRegisters && !kGeneral;
 
  public:
   __device__ ForwardTask(const ForwardCall& call, const Tile& tile, const Sequence& sequence, int value_chunk)
@@ -57,16 +67,34 @@ class ForwardTask {
         band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
         blocks_(band_.any(row_begin_, row_end(Config::kRows)), band_.every(row_begin_, row_end(Config::kRows)),
                 Config::kKeys),
-        memory_{shared_offset(dynamic_shared_memory())} {}
+        memory_{shared_offset(dynamic_shared_memory())},
+        k_next_(GlobalRows<T>::first_element(p_.k, batch_, k_start_ + blocks_.begin * Config::kKeys, head_kv(), 0)),
+        v_next_(GlobalRows<T>::first_element(p_.v, batch_, k_start_ + blocks_.begin * Config::kKeys, head_kv(),
+                                             value_begin_)) {}
 
   __device__ void run() {
-    copy_rows<Config::kThreads>(
+    copy_rows<Config::kThreads, kAligned>(
         memory_.q(), GlobalRows<T>(p_.q, batch_, q_start_ + row_begin_, head_, band_.seqlen_q - row_begin_, p_.head_dim,
-                                   0, call_.q_whole_vectors));
+                                   0, call_.whole_vectors));
+    commit_copies();
     copy_keys(blocks_.begin);
+    if constexpr (kQueryInRegisters) {
+      wait_copies<1>();
+      __syncthreads();
+      const StraightOperand<typename Memory::Q, Side::left> q(memory_.q(), warp_row_);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int k = 0; k < kQuerySteps; ++k) query_[m][k] = q.left(m, k);
+    }
     output_.fill(0);
-#pragma unroll 1
-    for (int block = blocks_.begin; block < blocks_.end; ++block) step(block);
+    int block = blocks_.begin;
+    if constexpr (!kGeneral) {
+      // The first block is one where maxima are looked for, whether or not some of it is hidden.
+      block = walk<true>(block, min(max(blocks_.full_begin, block + 1), blocks_.end));
+      block = walk<false>(block, blocks_.full_end);
+    }
+    walk<true>(block, blocks_.end);
     finish();
   }
 
@@ -74,29 +102,38 @@ class ForwardTask {
   __device__ int row_end(int rows) const { return min(row_begin_ + rows, band_.seqlen_q); }
   __device__ static int stage_of(int block) { return Config::kStages == 1 ? 0 : block % 2; }
 
-  // Starts the copy of a block of K and V, in a group of its own (which is empty past the last block).
-  __device__ void copy_keys(int block) const {
+  __device__ int head_kv() const { return head_ / static_cast<int>(p_.heads / p_.heads_kv); }
+
+  // Starts the copy of the next block of K and V, in a group of its own (which is empty past the last block).
+  __device__ __forceinline__ void copy_keys(int block) {
     if (block < blocks_.end) {
-      const int head_kv = head_ / static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
-      const int64_t row = k_start_ + key;
-      const int rows = band_.seqlen_k - key;
-      copy_rows<Config::kThreads>(memory_.k(stage_of(block)), GlobalRows<T>(p_.k, batch_, row, head_kv, rows,
-                                                                            p_.head_dim, 0, call_.k_whole_vectors));
-      copy_rows<Config::kThreads>(
+      const int rows = band_.seqlen_k - block * Config::kKeys;
+      const int64_t k_stride = p_.k.stride_row, v_stride = p_.v.stride_row;
+      copy_rows<Config::kThreads, kAligned>(
+          memory_.k(stage_of(block)), GlobalRows<T>(k_next_, k_stride, rows, p_.head_dim, call_.whole_vectors));
+      copy_rows<Config::kThreads, kAligned>(
           memory_.v(stage_of(block)),
-          GlobalRows<T>(p_.v, batch_, row, head_kv, rows, p_.head_dim_v, value_begin_, call_.v_whole_vectors));
+          GlobalRows<T>(v_next_, v_stride, rows, p_.head_dim_v - value_begin_, call_.whole_vectors));
+      k_next_ += Config::kKeys * k_stride;
+      v_next_ += Config::kKeys * v_stride;
     }
     commit_copies();
   }
 
-  // One block of keys.
+  // Blocks of keys. kEdge: not every row has to see all of them.
+  template <bool kEdge>
+  __device__ __forceinline__ int walk(int block, int end) {
+#pragma unroll 1
+    for (; block < end; ++block) step<kEdge>(block);
+    return block;
+  }
+  template <bool kEdge>
   __device__ __forceinline__ void step(int block) {
     wait_copies<0>();
     __syncthreads();
     if constexpr (Config::kStages > 1) copy_keys(block + 1);
     const int row = row_begin_ + warp_row_, key = block * Config::kKeys;
-    const bool edge = !blocks_.is_full(block);
-    if (!edge || warp_sees(row, key)) attend(row, key, stage_of(block), edge);
+    if (!kEdge || warp_sees(row, key)) attend<kEdge>(row, key, stage_of(block));
     if constexpr (Config::kStages == 1) {
       __syncthreads();
       copy_keys(block + 1);
@@ -109,22 +146,24 @@ class ForwardTask {
     return !any.empty() && any.begin < key + Config::kKeys && any.end > key;
   }
 
-  // The warp's rows from `row` on against the keys from `key` on. edge: not every row sees all of them.
-  __device__ __forceinline__ void attend(int row, int key, int stage, bool edge) {
-    // S = Q K^T
-    Accumulator<M, N> s;
-    s.fill(0);
-    const StraightOperand<typename Memory::Q> q(memory_.q(), warp_row_);
-    multiply<Config::kDim / kStepDepth<T>>(
-        s, [&](int m, int step) { return q.left(m, step); }, StraightOperand<typename Memory::K>(memory_.k(stage), 0),
-        call_.precision);
-
-    // P = exp(S - m)
+  // The warp's rows from `row` on against the keys from `key` on.
+  template <bool kEdge>
+  __device__ __forceinline__ void attend(int row, int key, int stage) {
     const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const auto exp2 = [](float x) { return exp2_approx(x); };
     const cuda::ScoreTerms terms(p_, batch_, head_, band_);
-    if constexpr (kGeneral) terms.apply(s, row, key, [](int, int, int, int, float) {});
-    if (edge) cuda::mask_band(s, band_, row, key);
-    cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, [](float x) { return exp2_approx(x); });
+
+    // S = Q K^T, P = exp(S - m)
+    Scores s;
+    multiply_keys(s, stage);
+    if constexpr (kGeneral || kEdge) {
+      if constexpr (kGeneral) terms.apply(s, row, key, [](int, int, int, int, float) {});
+      if (!blocks_.is_full(key / Config::kKeys)) cuda::mask_band(s, band_, row, key);
+      cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, exp2);
+    } else if (!cuda::exponentiate_settled(states_, s, scale_log2, kSumLimit<T>, exp2)) {
+      multiply_keys(s, stage);
+      cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, exp2);
+    }
     if constexpr (kGeneral) {
       if (p_.dropout_p > 0)
         terms.dropout(s, row, key, [&](int m, int half, int n, int e, bool kept) {
@@ -135,7 +174,15 @@ class ForwardTask {
     // O += P V
     multiply<Config::kKeys / kStepDepth<T>>(
         output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
-        TransposedOperand<typename Memory::V, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)), call_.precision);
+        TransposedOperand<typename Memory::V, Side::right, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)), call_.precision);
+  }
+
+  __device__ __forceinline__ void multiply_keys(Scores& s, int stage) const {
+    s.fill(0);
+    const StraightOperand<typename Memory::Q, Side::left> q(memory_.q(), warp_row_);
+    multiply<kQuerySteps>(
+        s, [&](int m, int k) { return kQueryInRegisters ? query_[m][k] : q.left(m, k); },
+        StraightOperand<typename Memory::K, Side::right>(memory_.k(stage), 0), call_.precision);
   }
 
   // O / l and lse = m + log l, the sink counted in.
@@ -164,11 +211,15 @@ class ForwardTask {
     constexpr int kChunk = 16 / sizeof(T), kLanes = Config::kDimV / kChunk < 32 ? Config::kDimV / kChunk : 32;
     const int cols = min(static_cast<int>(p_.head_dim_v) - value_begin_, Config::kDimV);
     const int rows = min(band_.seqlen_q - row_begin_ - warp_row_, Config::kWarpRows);
-    for (int row = lane_index() / kLanes; row < rows; row += cuda::kWarpThreads / kLanes) {
-      T* const to = row_ptr<T>(p_.out, batch_, q_start_ + row_begin_ + warp_row_ + row, head_) + value_begin_;
-      for (int col = lane_index() % kLanes * kChunk; col < cols; col += kLanes * kChunk)
-        store_chunk(to + col, load_shared_16_bytes(memory_.o().address(warp_row_ + row, col)), cols - col);
-    }
+    const int first = lane_index() / kLanes, lane_col = lane_index() % kLanes * kChunk;
+    T* const to = row_ptr<T>(p_.out, batch_, q_start_ + row_begin_ + warp_row_ + first, head_) + value_begin_;
+#pragma unroll(kAligned ? 4 : 1)
+    for (int i = 0; i < Config::kWarpRows; i += cuda::kWarpThreads / kLanes)
+#pragma unroll
+      for (int col = lane_col; col < Config::kDimV; col += kLanes * kChunk)
+        if (first + i < rows && col < cols)
+          store_chunk<kAligned>(to + i * p_.out.stride_row + col,
+                                load_shared_16_bytes(memory_.o().address(warp_row_ + first + i, col)), cols - col);
   }
 
   const ForwardCall& call_;
@@ -178,17 +229,19 @@ class ForwardTask {
   const cuda::DeviceBand band_;
   const KeyBlocks<int> blocks_;
   const Memory memory_;
+  const T *k_next_, *v_next_;  // the thread's part of the next block to be copied
+  FragmentA<T> query_[kQueryInRegisters ? M : 1][kQueryInRegisters ? kQuerySteps : 1];
   cuda::RowStates<M, kGeneral> states_;
   Accumulator<M, ND> output_;
 };
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, bool kGeneral, bool kAligned>
 __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const __grid_constant__ ForwardCall call) {
-  const int64_t index = blockIdx.x;
-  const Tile tile = call.schedule[index / call.value_chunks];
+  const unsigned index = blockIdx.x, chunks = static_cast<unsigned>(call.value_chunks);
+  const Tile tile = call.schedule[index / chunks];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kRows >= sequence.seqlen_q) return;
-  ForwardTask<T, Config, kGeneral>(call, tile, sequence, static_cast<int>(index % call.value_chunks)).run();
+  ForwardTask<T, Config, kGeneral, kAligned>(call, tile, sequence, static_cast<int>(index % chunks)).run();
 }
 
 // K and V of this many bytes fit into the second-level cache beside everything else.
@@ -199,17 +252,20 @@ void run_forward(const Problem& p, const Execution& execution) {
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t keys = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
   const int64_t head_bytes = (keys + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
-  schedule.group = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
+  schedule.group_pairs(std::max<int64_t>(1, kCachedBytes / head_bytes) * group);
   schedule.last_first = true;
   const int chunks = static_cast<int>(ceil_div(p.head_dim_v, Config::kDimV));
-  const auto whole = [](const TensorView& t) { return whole_vectors<T>(t); };
-  const ForwardCall call{p, schedule, chunks, whole(p.q), whole(p.k), whole(p.v), precision_of(p)};
+  const bool whole = whole_vectors<T>(p.q, p.head_dim) && whole_vectors<T>(p.k, p.head_dim) &&
+                     whole_vectors<T>(p.v, p.head_dim_v) && whole_vectors<T>(p.out, p.head_dim_v);
+  const ForwardCall call{p, schedule, chunks, whole, precision_of(p)};
 
   const cuda::Grid grid{schedule.size() * chunks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
-  if (sizeof(T) == 2 && cuda::plain_scores(p))
-    cuda::launch("sm80 forward", forward_kernel<T, Config, sizeof(T) == 4>, grid, execution.stream, call);
-  else
-    cuda::launch("sm80 forward", forward_kernel<T, Config, true>, grid, execution.stream, call);
+  const auto launch = [&](auto kernel) { cuda::launch("sm80 forward", kernel, grid, execution.stream, call); };
+  if constexpr (sizeof(T) == 2) {
+    if (cuda::plain_scores(p))
+      return whole ? launch(forward_kernel<T, Config, false, true>) : launch(forward_kernel<T, Config, false, false>);
+  }
+  launch(forward_kernel<T, Config, true, false>);
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ __device__ __forceinline__ void copy_statistics(uint32_t to, const BackwardProbl
                                                 int rows) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= Config::kRows) return;
-  const int valid = i < rows ? 4 : 0, from = i < rows ? i : 0;
+  const bool valid = i < rows;
+  const int from = valid ? i : 0;
   copy_4_bytes(to + i * 8, stats_ptr<float>(p.lse, batch, row + from, head), valid);
   copy_4_bytes(to + i * 8 + 4, stats_ptr<float>(p.delta, batch, row + from, head), valid);
 }
@@ -126,10 +127,10 @@ class Recompute {
                                                 const typename Operands::Rows& rows, const Warps& warp, int tile_row,
                                                 Scores& c) const {
     c.fill(0);
-    const StraightOperand<typename Operands::Keys> left(keys, warp.row);
+    const StraightOperand<typename Operands::Keys, Side::left> left(keys, warp.row);
     multiply<Config::kDim / kStepDepth<T>>(
         c.transpose, [&](int m, int k) { return left.left(m, k); },
-        StraightOperand<typename Operands::Rows>(rows, tile_row), precision_);
+        StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
   }
 
   const BackwardProblem& p_;

@@ -70,14 +70,18 @@ template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b, Precision) {
   mma(d, a.x, b.x, T{});
 }
+// Tensor cores cut sums off where float arithmetic rounds them: what three products add up to is small beside `d`, and
+// the addition that takes it there rounds.
 template <>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const FragmentA<float>& a, const FragmentB<float>& b,
                                              Precision precision) {
-  if (precision == Precision::full) {  // small terms first
-    mma(d, a.low, b.high, float{});
-    mma(d, a.high, b.low, float{});
-  }
-  mma(d, a.high, b.high, float{});
+  if (precision == Precision::tf32) return mma(d, a.high, b.high, float{});
+  float sum[4] = {};
+  mma(sum, a.low, b.high, float{});  // small terms first
+  mma(sum, a.high, b.low, float{});
+  mma(sum, a.high, b.high, float{});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
 // Two neighbouring elements of an accumulator in one register of a 16-bit fragment.
@@ -109,19 +113,33 @@ __device__ __forceinline__ FragmentA<T> as_left_operand(const Accumulator<M, N>&
 
 // ---- Operands in shared memory -------------------------------------------------------------------------------------
 
+enum class Side { left, right };
 enum class RowOrder { natural, pairs };
+
+// Which 8 x 8 matrix of a 16 x 16 piece a lane names the rows of, so that ldmatrix leaves them in the registers in the
+// order that a product wants: with `down_first` the second one lies below the first, else beside it. (In any other order
+// the compiler copies registers: operands of a product are consecutive ones.)
+struct MatrixOrder {
+  int row, chunk;
+  __device__ __forceinline__ explicit MatrixOrder(bool down_first)
+      : row(down_first ? lane_index() % 16 : lane_index() / 16 * 8 + lane_index() % 8),
+        chunk(down_first ? lane_index() / 16 : lane_index() / 8 % 2) {}
+};
 
 // Rows of a tile, from row0 on, as an operand that is stored as the product reads it: a left operand [m][k] or a right
 // operand [n][k].
-template <class Tile>
+template <class Tile, Side kSide>
 class StraightOperand {
  public:
   using T = typename Tile::Element;
 
-  __device__ __forceinline__ StraightOperand(const Tile& tile, int row0)
-      : lane_(tile.address(row0 + lane_index() % 16, 0) ^ (lane_index() / 16 * 16)) {}
+  __device__ __forceinline__ StraightOperand(const Tile& tile, int row0) {
+    const MatrixOrder order(kSide == Side::left);
+    lane_ = tile.address(row0 + order.row, 0) ^ (order.chunk * 16);
+  }
 
   __device__ __forceinline__ FragmentA<T> left(int m, int k) const {
+    static_assert(kSide == Side::left);
     uint32_t x[4];
     load(m, k, x);
     return {x[0], x[1], x[2], x[3]};
@@ -129,9 +147,10 @@ class StraightOperand {
   // Columns 16 pair .. 16 pair + 15 of the product, eight by eight.
   template <class F>
   __device__ __forceinline__ void right(int pair, int k, F&& use) const {
+    static_assert(kSide == Side::right);
     uint32_t x[4];
     load(pair, k, x);
-    use(FragmentB<T>(x[0], x[2]), FragmentB<T>(x[1], x[3]));
+    use(FragmentB<T>(x[0], x[1]), FragmentB<T>(x[2], x[3]));
   }
 
  private:
@@ -147,7 +166,7 @@ class StraightOperand {
 
 // kPieces x 16 columns of a tile, from col0 on (a multiple of their number), as an operand that is stored the other way
 // round: a left operand [k][m] or a right operand [k][n].
-template <class Tile, int kPieces, RowOrder kOrder = RowOrder::natural>
+template <class Tile, Side kSide, int kPieces, RowOrder kOrder = RowOrder::natural>
 class TransposedOperand {
  public:
   using T = typename Tile::Element;
@@ -161,17 +180,20 @@ class TransposedOperand {
       lane_[0] = tile.address(pairs ? 2 * t : t, column);
       lane_[1] = tile.address(pairs ? 2 * t + 1 : t + 4, column);
     } else {
-      lane_[0] = tile.address(lane_index() % 16, col) ^ (lane_index() / 16 * 16);
+      const MatrixOrder order(kSide == Side::right);
+      lane_[0] = tile.address(order.row, col) ^ (order.chunk * 16);
     }
   }
 
   __device__ __forceinline__ FragmentA<T> left(int m, int k) const {
+    static_assert(kSide == Side::left);
     uint32_t x[4];
     load(k, m, x);
-    return {x[0], x[2], x[1], x[3]};
+    return {x[0], x[1], x[2], x[3]};
   }
   template <class F>
   __device__ __forceinline__ void right(int pair, int k, F&& use) const {
+    static_assert(kSide == Side::right);
     uint32_t x[4];
     load(k, pair, x);
     use(FragmentB<T>(x[0], x[1]), FragmentB<T>(x[2], x[3]));
@@ -187,9 +209,11 @@ class TransposedOperand {
     columns += first_;
     if constexpr (kWide) {
       const uint32_t offset = step * 8 * cuda::kSwizzleBytes + columns / 2 * Tile::kRows * cuda::kSwizzleBytes;
-      const uint32_t chunk = columns % 2 * 64;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = load_shared((lane_[i % 2] ^ (chunk + i / 2 * 32)) + offset);
+      for (int i = 0; i < 4; ++i) {
+        const int lower = kSide == Side::right ? i % 2 : i / 2, beside = kSide == Side::right ? i / 2 : i % 2;
+        x[i] = load_shared((lane_[lower] ^ static_cast<uint32_t>(columns % 2 * 64 + beside * 32)) + offset);
+      }
     } else {
       load_matrices_transposed((lane_[0] ^ (columns % 4 * 32)) + columns / 4 * Tile::kRows * cuda::kSwizzleBytes +
                                    step * 16 * cuda::kSwizzleBytes,
@@ -257,63 +281,79 @@ __device__ __forceinline__ void multiply(Accumulator<M, N>& c, Left&& left, cons
 
 // ---- Shared memory and global memory -------------------------------------------------------------------------------
 
-// Rows of one head in global memory, from some row and column on. What lies outside reads as zero.
+// Rows of one head in global memory, from some row and column on, as one thread copies them to a tile: the eight
+// threads of a group copy 128 bytes of a row. What lies outside reads as zero.
 template <class T>
 struct GlobalRows {
-  const T* data;
-  int64_t stride;
-  int rows, cols;
-  bool whole_vectors;  // data and stride are multiples of 16 bytes
+  static constexpr int kChunk = 16 / sizeof(T), kLine = cuda::kSwizzleBytes / sizeof(T);
 
+  const T* data;  // the thread's first element
+  int64_t stride;
+  int rows, cols;      // that exist from there on
+  bool whole_vectors;  // rows begin and end at multiples of 16 bytes
+
+  // `rows_` and `cols_`: of the whole block from its first element on.
+  __device__ __forceinline__ GlobalRows(const T* data_, int64_t stride_, int rows_, int64_t cols_, bool whole_vectors_)
+      : data(data_),
+        stride(stride_),
+        rows(rows_ - static_cast<int>(threadIdx.x / 8)),
+        cols(static_cast<int>(cols_) - static_cast<int>(threadIdx.x % 8) * kChunk),
+        whole_vectors(whole_vectors_) {}
   __device__ __forceinline__ GlobalRows(const TensorView& view, int64_t batch, int64_t row, int64_t head, int rows_,
                                         int64_t head_dim, int first_col, bool whole_vectors_)
-      : data(row_ptr<const T>(view, batch, row, head) + first_col),
-        stride(view.stride_row),
-        rows(rows_),
-        cols(static_cast<int>(head_dim) - first_col),
-        whole_vectors(whole_vectors_) {}
+      : GlobalRows(first_element(view, batch, row, head, first_col), view.stride_row, rows_, head_dim - first_col,
+                   whole_vectors_) {}
+
+  __device__ static __forceinline__ const T* first_element(const TensorView& view, int64_t batch, int64_t row,
+                                                           int64_t head, int first_col) {
+    return row_ptr<const T>(view, batch, row + threadIdx.x / 8, head) + first_col + threadIdx.x % 8 * kChunk;
+  }
 };
 
 // Copies a tile by all threads of the block: starts it, or, where rows are not aligned for that, does it at once.
-template <int kThreads, class Tile>
+// kWholeVectors: they always are.
+template <int kThreads, bool kWholeVectors = false, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const GlobalRows<typename Tile::Element>& source) {
   using T = typename Tile::Element;
-  constexpr int kLine = cuda::kSwizzleBytes / sizeof(T), kChunk = 16 / sizeof(T), kStep = kThreads / 8;
-  const int first = threadIdx.x / 8, lane_col = threadIdx.x % 8 * kChunk;
-  if (!source.whole_vectors) {
+  using Source = GlobalRows<T>;
+  constexpr int kStep = kThreads / 8, kIterations = (Tile::kRows + kStep - 1) / kStep;
+  const int first = threadIdx.x / 8, lane_col = threadIdx.x % 8 * Source::kChunk;
+  const int64_t step = kStep * source.stride;
+  if (!kWholeVectors && !source.whole_vectors) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Tile::kRows * Tile::kBlocks * 8; i += kThreads) {
-      const int row = i / 8 % Tile::kRows, col = i / 8 / Tile::kRows * kLine + lane_col;
+    for (int i = 0; i < kIterations * Tile::kBlocks; ++i) {
+      const int row = i % kIterations * kStep, col = i / kIterations * Source::kLine;
+      if (Tile::kRows % kStep != 0 && first + row >= Tile::kRows) continue;
       const T* const from = source.data + row * source.stride + col;
-      T chunk[kChunk];
+      T chunk[Source::kChunk];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) chunk[j] = row < source.rows && col + j < source.cols ? from[j] : T(0.0f);
+      for (int j = 0; j < Source::kChunk; ++j)
+        chunk[j] = row < source.rows && col + j < source.cols ? from[j] : T(0.0f);
       uint4 bytes;
       memcpy(&bytes, chunk, 16);
-      store_shared_16_bytes(tile.address(row, col), bytes);
+      store_shared_16_bytes(tile.address(first + row, lane_col + col), bytes);
     }
     return;
   }
-  const int64_t step = kStep * source.stride;
 #pragma unroll
   for (int block = 0; block < Tile::kBlocks; ++block) {
-    const int col = block * kLine + lane_col, valid_cols = clamp_length(source.cols - col, kChunk);
-    const T* from = source.data + first * source.stride + col;
+    const int col = block * Source::kLine;
+    const T* from = source.data + col;
 #pragma unroll
-    for (int i = 0; i < (Tile::kRows + kStep - 1) / kStep; ++i, from += step) {
-      const int row = first + i * kStep, valid = row < source.rows ? valid_cols : 0;
-      if (Tile::kRows % kStep != 0 && row >= Tile::kRows) break;
-      copy_16_bytes(tile.address(row, col), valid > 0 ? from : source.data, valid * static_cast<int>(sizeof(T)));
+    for (int i = 0; i < kIterations; ++i, from += step) {
+      const int row = i * kStep;
+      if (Tile::kRows % kStep != 0 && first + row >= Tile::kRows) break;
+      copy_16_bytes(tile.address(first + row, lane_col + col), from, row < source.rows && col < source.cols);
     }
   }
 }
 
 // Whether rows of a tensor can be copied 16 bytes at a time.
 template <class T>
-bool whole_vectors(const TensorView& t) {
+bool whole_vectors(const TensorView& t, int64_t head_dim) {
   const auto whole = [](int64_t elements) { return elements * sizeof(T) % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.stride_batch) && whole(t.stride_row) &&
-         whole(t.stride_head);
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(head_dim) && whole(t.stride_batch) &&
+         whole(t.stride_row) && whole(t.stride_head);
 }
 
 // Two neighbouring elements of a row, from registers to a tile.
@@ -336,11 +376,24 @@ __device__ __forceinline__ void store_pair(T* row, int col, int cols, float x, f
   if (col + 1 < cols) row[col + 1] = T(y);
 }
 
-// 16 bytes to global memory, or the first `count` elements of them.
-template <class T>
+// Lane t of a quad gets word t of each of its lanes.
+__device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4]) {
+  const bool odd = lane_index() % 2 != 0, upper = lane_index() / 2 % 2 != 0;
+  // Neighbours swap, so that each has words of one parity: of lanes 2i and 2i + 1, words `odd` and `odd` + 2.
+  const uint32_t near0 = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
+  const uint32_t near1 = __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+  const uint32_t low[2] = {odd ? near0 : x[0], odd ? x[1] : near0}, high[2] = {odd ? near1 : x[2], odd ? x[3] : near1};
+  uint32_t far[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) far[i] = __shfl_xor_sync(0xffffffffu, upper ? low[i] : high[i], 2);
+  return upper ? uint4{far[0], far[1], high[0], high[1]} : uint4{low[0], low[1], far[0], far[1]};
+}
+
+// 16 bytes to global memory, or the first `count` elements of them. kWholeVectors: all of them, and aligned.
+template <bool kWholeVectors, class T>
 __device__ __forceinline__ void store_chunk(T* to, const uint4& bytes, int count) {
   constexpr int kChunk = 16 / sizeof(T);
-  if (count >= kChunk && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+  if (kWholeVectors || (count >= kChunk && reinterpret_cast<uintptr_t>(to) % 16 == 0)) {
     *reinterpret_cast<uint4*>(to) = bytes;
     return;
   }
