@@ -12,14 +12,18 @@ constexpr float kLog2e = 1.44269504f;
 
 template <int M, int N>
 struct Accumulator {
-  static constexpr int kRowPieces = M, kColPieces = N;
+  static constexpr int kRows = 16 * M, kCols = 8 * N, kRowPieces = M, kColPieces = N;
+  static constexpr bool kNeighbours = true;  // elements e = 0 and 1 lie side by side in a row
   float x[M][N][4];
 
   __device__ __forceinline__ float& at(int m, int half, int n, int e) { return x[m][n][2 * half + e]; }
   __device__ __forceinline__ float at(int m, int half, int n, int e) const { return x[m][n][2 * half + e]; }
 
   static __device__ __forceinline__ int row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
-  static __device__ __forceinline__ int col(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e; }
+  static __device__ __forceinline__ int col(int n, int e) { return col_step(n, e) + lane_index() % 4 * 2; }
+  static __device__ __forceinline__ constexpr int col_step(int n, int e) {
+    return 8 * n + e;
+  }  // the same for all lanes
 
   // f(m, half, n, e) for every element that this lane holds, row by row.
   template <class F>
@@ -51,14 +55,16 @@ struct Accumulator {
 // 2 (lane % 4) and the next of every 8, and columns lane / 4 and lane / 4 + 8 of every 16.
 template <int M, int N>
 struct TransposedAccumulator {
-  static constexpr int kRowPieces = M, kColPieces = N;
+  static constexpr int kRows = 8 * M, kCols = 16 * N, kRowPieces = M, kColPieces = N;
+  static constexpr bool kNeighbours = false;
   Accumulator<N, M> transpose;
 
   __device__ __forceinline__ float& at(int m, int half, int n, int e) { return transpose.x[n][m][2 * e + half]; }
   __device__ __forceinline__ float at(int m, int half, int n, int e) const { return transpose.x[n][m][2 * e + half]; }
 
   static __device__ __forceinline__ int row(int m, int half) { return 8 * m + lane_index() % 4 * 2 + half; }
-  static __device__ __forceinline__ int col(int n, int e) { return 16 * n + 8 * e + lane_index() / 4; }
+  static __device__ __forceinline__ int col(int n, int e) { return col_step(n, e) + lane_index() / 4; }
+  static __device__ __forceinline__ constexpr int col_step(int n, int e) { return 16 * n + 8 * e; }
 
   template <class F>
   static __device__ __forceinline__ void for_each(F&& f) {

@@ -62,9 +62,9 @@ __device__ __forceinline__ void update_softmax(RowStates<M, kGeneral>& states, A
   });
 }
 
-// Plain scores become P = exp(s - m) with the maxima of earlier blocks, whether or not there is a larger one here: any m
-// up to the true maximum gives the same result, as long as no P or sum of them leaves the range of its type. Where a sum
-// reaches `limit` the answer is false, the scores are lost and the states are as before.
+// Plain scores become P = exp(s - m) with the maxima of earlier blocks, whether or not there is a larger one here: any
+// m up to the true maximum gives the same result, as long as no P or sum of them leaves the range of its type. Where a
+// sum reaches `limit` the answer is false, the scores are lost and the states are as before.
 template <int M, int N, class Exp2>
 __device__ __forceinline__ bool exponentiate_settled(RowStates<M, false>& states, Accumulator<M, N>& s,
                                                      float scale_log2, float limit, Exp2&& exp2) {

@@ -29,7 +29,8 @@ __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int
   const unsigned width = static_cast<unsigned>(band.last - band.first);
   s.for_each([&](int m, int half, int n, int e) {
     const int row = s.row(m, half), col = s.col(n, e);
-    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols) s.at(m, half, n, e) = minus_infinity<float>();
+    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols)
+      s.at(m, half, n, e) = minus_infinity<float>();
   });
 }
 
@@ -108,35 +109,58 @@ class ScoreTerms {
   static __device__ __forceinline__ int limit(int length, int64_t size) {
     return size == 1 || length < size ? length : static_cast<int>(size);
   }
-  template <class Scores, class F>
+  // f(m, half, n, e, x) for every element of a matrix over the scores, as type E, that belongs to an element of `s`.
+  template <class E, class Scores, class F>
   __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Scores& s, int row0, int col0,
                                                   F&& f) const {
-    const int rows = limit(seqlen_q_, view.size_row), cols = limit(seqlen_k_, view.size_col);
-    s.for_each([&](int m, int half, int n, int e) {
-      const int row = row0 + s.row(m, half), col = col0 + s.col(n, e);
-      if (row < rows && col < cols) f(m, half, n, e, score_offset(view, batch_, head_, row, col));
-    });
+    const E* const matrix = static_cast<const E*>(view.data) + score_offset(view, batch_, head_, row0, col0);
+    const int rows = limit(seqlen_q_, view.size_row) - row0, cols = limit(seqlen_k_, view.size_col) - col0;
+    const auto row_of = [&](int m, int half) { return matrix + s.row(m, half) * view.stride_row; };
+    if (rows < Scores::kRows || cols < Scores::kCols || view.stride_col != 1) {
+      s.for_each([&](int m, int half, int n, int e) {
+        if (s.row(m, half) < rows && s.col(n, e) < cols)
+          f(m, half, n, e, row_of(m, half)[s.col(n, e) * view.stride_col]);
+      });
+    } else if (Scores::kNeighbours && reinterpret_cast<uintptr_t>(matrix) % sizeof(Pair<E>) == 0 &&
+               view.stride_row % 2 == 0) {
+      s.for_each_row([&](int m, int half) {
+        const E* const row = row_of(m, half) + s.col(0, 0);
+#pragma unroll
+        for (int n = 0; n < Scores::kColPieces; ++n) {
+          const Pair<E> pair = *reinterpret_cast<const Pair<E>*>(row + s.col_step(n, 0));
+          f(m, half, n, 0, pair.x[0]);
+          f(m, half, n, 1, pair.x[1]);
+        }
+      });
+    } else {
+      s.for_each_row([&](int m, int half) {
+        const E* const row = row_of(m, half) + s.col(0, 0);
+#pragma unroll
+        for (int n = 0; n < Scores::kColPieces; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) f(m, half, n, e, row[s.col_step(n, e)]);
+      });
+    }
   }
+  template <class E>
+  struct alignas(2 * sizeof(E)) Pair {
+    E x[2];
+  };
+
   template <class Scores>
   __device__ __forceinline__ void add_bias(Scores& s, int row0, int col0) const {
-    const auto add = [&](auto storage) {
-      const auto* bias = static_cast<const decltype(storage)*>(p_.bias.data);
-      for_each_inside(p_.bias, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
-        s.at(m, half, n, e) += as_float(bias[offset]);
-      });
-    };
+    const auto add = [&](int m, int half, int n, int e, auto x) { s.at(m, half, n, e) += as_float(x); };
     if (p_.bias.dtype == DType::float32)
-      add(float{});
+      for_each_inside<float>(p_.bias, s, row0, col0, add);
     else if (p_.bias.dtype == DType::bfloat16)
-      add(__nv_bfloat16{});
+      for_each_inside<__nv_bfloat16>(p_.bias, s, row0, col0, add);
     else
-      add(__half{});
+      for_each_inside<__half>(p_.bias, s, row0, col0, add);
   }
   template <class Scores>
   __device__ __forceinline__ void mask(Scores& s, int row0, int col0) const {
-    const auto* attend = static_cast<const uint8_t*>(p_.mask.data);
-    for_each_inside(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, int64_t offset) {
-      if (!attend[offset]) s.at(m, half, n, e) = minus_infinity<float>();
+    for_each_inside<uint8_t>(p_.mask, s, row0, col0, [&](int m, int half, int n, int e, uint8_t attend) {
+      if (!attend) s.at(m, half, n, e) = minus_infinity<float>();
     });
   }
 

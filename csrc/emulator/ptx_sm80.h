@@ -123,11 +123,6 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
       &operands, nullptr);
 }
 
-inline uint32_t round_to_tf32(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return std::isfinite(x) ? (bits + 0x1000u) & ~0x1fffu : bits;
-}
-
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 inline void add_to_global(float* p, const float (&x)[4]) {

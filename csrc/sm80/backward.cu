@@ -15,8 +15,7 @@
 //
 // dQ of a query block is a sum over the key blocks that see it ("visitors"). It grows in global memory, and visitors
 // take turns, so that it has the same bits every time: the first one stores, others add, and the last one writes the
-// result. Nothing has to be set to zero, and nothing to be converted afterwards. A warp's part of dQ is the same in
-// every visitor, and has a turn of its own. A thread block only ever waits for blocks that have drawn a lower ticket,
+// result. Nothing has to be set to zero, and nothing to be converted afterwards. A thread block only ever waits for blocks that have drawn a lower ticket,
 // which are running or done: there is no deadlock.
 
 namespace fae::sm80 {
@@ -27,9 +26,9 @@ struct BackwardCall {
   BackwardProblem p;
   GridSchedule key_blocks;    // (batch, KV head, block of keys)
   PackedBlocks query_blocks;  // packed tensors
-  int64_t query_blocks_per_head;
+  int query_blocks_per_head;
   unsigned long long* ticket;
-  int* turns;         // [head or batch x head][query block][warp]: visitors that are done
+  int* turns;         // [head or batch x head][query block]: visitors that are done
   float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
   bool whole_vectors;  // of all tensors
   bool direct_dbias;
@@ -115,33 +114,39 @@ class BackwardTask {
     const int group = static_cast<int>(p_.heads / p_.heads_kv), end = row_blocks_ > 0 ? (head_kv_ + 1) * group : 0;
     Step step{head_kv_ * group, first_of_head(), 0};
     copy_queries(step, end);
+    Step before = step;  // the last step that was computed
     if constexpr (Config::kLag) {
-      Step before{-1, 0, 0};
 #pragma unroll 1
-      for (; before.head < end; before = step, step = after(step)) {
+      for (bool more = true; more; before = step, step = after(step)) {
+        more = step.head < end;
         wait_copies<0>();
         __syncthreads();
         copy_queries(after(step), end);
-        if (!Config::kInRegisters && before.head >= 0) finish(before);
-        if (step.head < end) recompute(step);
-        if (Config::kInRegisters && before.head >= 0) finish(before);
-        pass_turn();
+        before.number = step.number - 1;
+        if (step.number > 1) pass_turn(previous(before));
+        if (!Config::kInRegisters && step.number > 0) finish(before);
+        if (more) recompute(step);
+        if (Config::kInRegisters && step.number > 0) finish(before);
       }
+      before = previous(before);
     } else {
 #pragma unroll 1
-      for (; step.head < end; step = after(step)) {
+      for (; step.head < end; before = step, step = after(step)) {
         wait_copies<0>();
         __syncthreads();
         if (Config::kStages > 1) copy_queries(after(step), end);
+        if (step.number > 0) pass_turn(before);
         recompute(step);
         __syncthreads();
         finish(step);
-        pass_turn();
         if (Config::kStages > 1) continue;
         __syncthreads();
         copy_queries(after(step), end);
       }
     }
+    wait_copies<0>();  // nothing may arrive after this block
+    __syncthreads();
+    if (end > 0) pass_turn(before);
     write(dk_, p_.dk, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     write(dv_, p_.dv, static_cast<int>(p_.head_dim_v), 1.0f);
   }
@@ -162,6 +167,13 @@ class BackwardTask {
     const int block = step.block + (last_first_ ? 1 : -1);
     const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
     return {same_head ? step.head : step.head + 1, same_head ? block : first_of_head(), step.number + 1};
+  }
+
+  __device__ Step previous(const Step& step) const {
+    const int block = step.block - (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head - 1, same_head ? block : 2 * first_rows_ + row_blocks_ - 1 - first_of_head(),
+            step.number - 1};
   }
 
   __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
@@ -237,7 +249,7 @@ class BackwardTask {
     const int stage = step.stage(), buffer = step.buffer();
     if (QueryPlace::exists()) {
       const Turn turn = turn_of(step);
-      const int done = turn.rank > 0 ? load_relaxed(turn.done) : 0;  // comes while the product is computed
+      const int before = turn.rank > 0 ? load_relaxed(done(turn)) : 0;  // comes while the product is computed
       QueryGradient dq;
       dq.fill(0);
       const TransposedOperand<typename Memory::P, Side::left, QueryPlace::M> ds(memory_.ds(buffer), QueryPlace().row);
@@ -245,10 +257,9 @@ class BackwardTask {
           dq, [&](int m, int k) { return ds.left(m, k); },
           TransposedOperand<typename Memory::K, Side::right, QueryPlace::N / 2>(memory_.k(), QueryPlace().col),
           call_.precision);  // dS K
-      add_to_dq(dq, step, turn, done);
+      add_to_dq(dq, step, turn, before);
     }
-    if constexpr (!Config::kInRegisters) {
-      if (!KeyPlace::exists()) return;
+    if (!Config::kInRegisters && KeyPlace::exists()) {
       multiply_tiles(dv_, memory_.p(buffer), memory_.dout(stage));  // P^T dO
       multiply_tiles(dk_, memory_.ds(buffer), memory_.q(stage));    // dS^T Q
     }
@@ -276,53 +287,42 @@ class BackwardTask {
 
   // ---- dQ, in turns -------------------------------------------------------------------------------------------------
 
+  // This block's turn to add to a query block's dQ.
   struct Turn {
     int rank, visitors;
-    int64_t slot;
-    int* done;
+    uint32_t slot;  // of the query block
+    __device__ bool last() const { return rank == visitors - 1; }
   };
   __device__ __forceinline__ Turn turn_of(const Step& step) const {
     const int begin = step.block * Config::kRows;
     const auto keys = band_.any(begin, min(begin + Config::kRows, band_.seqlen_q));
     const int first = keys.begin / Config::kKeys, visitors = ceil_div(keys.end, Config::kKeys) - first;
     const int rank = last_first_ ? first + visitors - 1 - block_ : block_ - first;
-    const int blocks = static_cast<int>(call_.query_blocks_per_head);
-    const int64_t slot = (call_.query_blocks.cu_seqlens ? int64_t{step.head} * blocks + call_.query_blocks.first(batch_)
-                                                        : (batch_ * p_.heads + step.head) * blocks) +
-                         step.block;
-    return {rank, visitors, slot, call_.turns + slot * Config::kWarps + warp_index()};
+    const int head = (call_.query_blocks.cu_seqlens ? 0 : batch_ * static_cast<int>(p_.heads)) + step.head;
+    const int block = (call_.query_blocks.cu_seqlens ? call_.query_blocks.first(batch_) : 0) + step.block;
+    return {rank, visitors, static_cast<uint32_t>(head) * static_cast<uint32_t>(call_.query_blocks_per_head) + block};
   }
+  __device__ int* done(const Turn& turn) const { return call_.turns + turn.slot; }
 
-  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Turn& turn, int done) {
-    const auto [rank, visitors, slot, flag] = turn;
-#ifndef NOTURN
-#ifdef HINT
-    while (done < rank) done = load_relaxed(flag);
-    __syncwarp();
-#else
-    if (rank > 0) {
-      if (lane_index() == 0)
-        while (load_acquire(flag) < rank) {
-        }
-      __syncwarp();
-    }
-#endif
-#endif
-    float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + slot * kPartialFloats<Config>) + threadIdx.x;
-    if (rank < visitors - 1) {
-      if (rank == 0)
-        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { *sum = {x[0], x[1], x[2], x[3]}; });
-      else
+  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Turn& turn, int before) {
+    while (before < turn.rank) before = load_relaxed(done(turn));
+    float4* const partial =
+        reinterpret_cast<float4*>(call_.dq_partial + int64_t{turn.slot} * kPartialFloats<Config>) + threadIdx.x;
+    if (!turn.last()) {
+      // An addition is not performed before the branch that leads to it.
+      if (turn.rank > 0)
         for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { add_to_global(reinterpret_cast<float*>(sum), x); });
-      to_pass_ = flag;
-      passed_ = rank;
+      else
+        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { *sum = {x[0], x[1], x[2], x[3]}; });
       return;
     }
-    if (rank > 0)
+    if (turn.rank > 0) {
+      load_acquire(done(turn));  // a load might be
       for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) {
-        const float4 before = __ldcg(sum);
-        x[0] += before.x, x[1] += before.y, x[2] += before.z, x[3] += before.w;
+        const float4 others = __ldcg(sum);
+        x[0] += others.x, x[1] += others.y, x[2] += others.z, x[3] += others.w;
       });
+    }
     const QueryPlace place;
     const int row = step.block * Config::kRows + place.row;
     write_rows(dq, p_.dq, q_start_ + row, step.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
@@ -337,18 +337,12 @@ class BackwardTask {
       for (int n = 0; n < QueryPlace::N; ++n) f(partial + (m * QueryPlace::N + n) * Config::kThreads, dq.x[m][n]);
   }
 
-  // Lets the warp of the next visitor of the last step's query block begin. By now this warp's additions have left, which
-  // makes the release cheap.
-  __device__ __forceinline__ void pass_turn() {
-    __syncwarp();
-#ifndef NOTURN
-#ifdef NOFENCE
-    if (lane_index() == 0 && to_pass_) *(volatile int*)to_pass_ = passed_ + 1;
-#else
-    if (lane_index() == 0 && to_pass_) store_release(to_pass_, passed_ + 1);
-#endif
-#endif
-    to_pass_ = nullptr;
+  // Lets the next visitor of a query block begin. All warps have been at a barrier since they added their shares. The
+  // release takes as long as an eighth of a step: one warp after the other does it, while the others compute.
+  __device__ __forceinline__ void pass_turn(const Step& step) const {
+    if (warp_index() != step.number % Config::kWarps || lane_index() != 0) return;
+    const Turn turn = turn_of(step);
+    if (!turn.last()) store_release(done(turn), turn.rank + 1);
   }
 
   // ---- Results ------------------------------------------------------------------------------------------------------
@@ -396,14 +390,11 @@ class BackwardTask {
   const cuda::DeviceBand band_;
   Memory memory_;
   int first_rows_ = 0, row_blocks_ = 0;  // query blocks that see any of the keys
-  int* to_pass_ = nullptr;               // the turn that this warp has had and not passed on
-  int passed_ = 0;
   KeyGradient dk_, dv_;
 };
 
-template <class T, class Config_, bool kGeneral>
-__global__ void __launch_bounds__(Config_::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
-  using Config = std::conditional_t<kGeneral, HalfSubRows<Config_>, Config_>;
+template <class T, class Config, bool kGeneral>
+__global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
   // In a place that nobody writes to before the first barrier of the walk.
   auto* const ticket =
       reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kBuffers);
@@ -418,15 +409,9 @@ __global__ void __launch_bounds__(Config_::kThreads) backward_kernel(const __gri
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Thread blocks that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the
-// queries in the second-level cache.
-#ifndef CONCURRENT
-#define CONCURRENT 128
-#endif
-#ifndef ALTERNATE
-#define ALTERNATE true
-#endif
-constexpr int64_t kConcurrentBlocks = CONCURRENT;
+// Warps that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the queries in
+// the second-level cache; so many heads go together that a key block's slot is free when its successors have begun.
+constexpr int64_t kConcurrentWarps = 1024;
 
 // The parts of the workspace.
 template <class Config>
@@ -449,7 +434,7 @@ struct BackwardSpace {
     delta.data = take<float>(base, heads * rows);
     delta.stride_batch = packed ? 0 : p.heads * rows;
     delta.stride_head = rows;
-    counter_count = 2 + heads * query_blocks * Config::kWarps;
+    counter_count = 2 + heads * query_blocks;
     counters = take<int>(base, counter_count);
     cu_seqlens_q = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
     cu_seqlens_k = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
@@ -469,7 +454,15 @@ struct BackwardSpace {
   }
 };
 
-template <class T, class Config>
+template <class T>
+bool all_whole_vectors(const BackwardProblem& p) {
+  bool whole = true;
+  for (const TensorView* t : {&p.q, &p.k, &p.dq, &p.dk}) whole &= whole_vectors<T>(*t, p.head_dim);
+  for (const TensorView* t : {&p.v, &p.dout, &p.dv}) whole &= whole_vectors<T>(*t, p.head_dim_v);
+  return whole;
+}
+
+template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
   BackwardProblem p = problem;
@@ -484,47 +477,53 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group_pairs(ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
-  schedule.alternate = ALTERNATE;
+  schedule.group_pairs(ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
+  schedule.alternate = true;
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
-  bool whole = true;
-  for (const TensorView* t : {&p.q, &p.k, &p.dq, &p.dk}) whole &= whole_vectors<T>(*t, p.head_dim);
-  for (const TensorView* t : {&p.v, &p.dout, &p.dv}) whole &= whole_vectors<T>(*t, p.head_dim_v);
   const BackwardCall call{p,
                           schedule,
                           PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
-                          space.query_blocks,
+                          static_cast<int>(space.query_blocks),
                           reinterpret_cast<unsigned long long*>(space.counters),
                           space.counters + 2,
                           space.dq_partial,
-                          whole,
+                          all_whole_vectors<T>(p),
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
-  const auto launch = [&](auto kernel) {
-    const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
-    cuda::launch("sm80 backward", kernel, grid, execution.stream, call);
-  };
-  if constexpr (sizeof(T) == 2)
-    if (whole && cuda::plain_scores(p)) return launch(backward_kernel<T, Config, false>);
-  launch(backward_kernel<T, Config, true>);
+  const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
+  cuda::launch("sm80 backward", backward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
 }
 
-// f(config) with the config for this device.
-template <class T, class F>
+// f(Large{}) where this device has shared memory for it, else f(Small{}).
+template <class T, class Large, class Small, class F>
 auto with_config(F&& f) {
-  using Large = LargeBackwardConfig<T, FAE_HEAD_DIM>;
-  if (cuda::shared_memory_per_block() >= static_cast<size_t>(BackwardMemory<T, Large>::kBytes)) return f(Large{});
-  return f(BackwardConfig<T, FAE_HEAD_DIM>{});
+  if constexpr (FAE_HEAD_DIM <= 256)
+    if (cuda::shared_memory_per_block() >= static_cast<size_t>(BackwardMemory<T, Large>::kBytes)) return f(Large{});
+  return f(Small{});
+}
+template <class T, class F>
+auto with_plain_config(F&& f) {
+  return with_config<T, LargeBackwardConfig<T, FAE_HEAD_DIM>, BackwardConfig<T, FAE_HEAD_DIM>>(f);
+}
+template <class T, class F>
+auto with_general_config(F&& f) {
+  return with_config<T, LargeGeneralBackwardConfig<T, FAE_HEAD_DIM>, GeneralBackwardConfig<T, FAE_HEAD_DIM>>(f);
 }
 
+// Which kernel it will be depends on tensors that do not exist yet.
 template <class T>
 size_t workspace_of(const BackwardProblem& p) {
-  return with_config<T>([&](auto config) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; });
+  const auto bytes = [&](auto config) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; };
+  return std::max(with_plain_config<T>(bytes), with_general_config<T>(bytes));
 }
+
 template <class T>
 void run(const BackwardProblem& p, const Execution& execution) {
-  with_config<T>([&](auto config) { run_backward<T, decltype(config)>(p, execution); });
+  if constexpr (sizeof(T) == 2)
+    if (all_whole_vectors<T>(p) && cuda::plain_scores(p))
+      return with_plain_config<T>([&](auto config) { run_backward<T, decltype(config), false>(p, execution); });
+  with_general_config<T>([&](auto config) { run_backward<T, decltype(config), true>(p, execution); });
 }
 
 }  // namespace

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(256) bias_gradient_sum_kernel(const __grid_con
 }
 
 template <class T>
-using Config = BiasGradientConfig<T, FAE_HEAD_DIM>;
+using Config = GeneralBackwardConfig<T, FAE_HEAD_DIM>;
 
 template <class T>
 void run(const BackwardProblem& p, void* workspace, void* stream) {

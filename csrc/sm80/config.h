@@ -44,6 +44,11 @@ struct ForwardConfig<float, 256> : ForwardTile<32, 16, 2, 256> {};
 template <>
 struct ForwardConfig<float, 512> : ForwardTile<16, 16, 1, 512, 256, 1> {};
 
+// General scores need registers for their terms.
+template <class T, int kHeadDim>
+using GeneralForwardConfig =
+    std::conditional_t<kHeadDim == 64 && sizeof(T) == 2, ForwardTile<128, 32, 4, 64>, ForwardConfig<T, kHeadDim>>;
+
 // Backward: a thread block keeps kKeys keys and walks blocks of kRows query rows. Its warps share each product in a
 // grid of their own: k*Warps of them along the rows of the result, the others along its columns.
 template <int kRows_, int kKeys_, int kDim_, int kWarps_, int kStages_, bool kLag_, int kScoreKeyWarps_,
@@ -61,12 +66,6 @@ struct BackwardTile {
   // A warp has all rows of its keys: P and dS are operands of dV and dK in the registers that they are computed in.
   static constexpr bool kInRegisters = kScoreRowWarps == 1 && kScoreKeyWarps == kWarps && kKeyRowWarps == kWarps;
   static_assert(!kLag || kStages >= (kInRegisters ? 2 : 3));
-};
-
-// Fewer rows at a time, where there is more to keep of each score.
-template <class Config>
-struct HalfSubRows : Config {
-  static constexpr int kSubRows = Config::kSubRows / (Config::kSubRows / Config::kScoreRowWarps % 32 == 0 ? 2 : 1);
 };
 
 // For 99 KB of shared memory (8.6, 8.9, 12.0). Per query block that a thread block visits, dQ goes through the
@@ -112,10 +111,28 @@ struct LargeBackwardConfig<float, 192> : BackwardTile<32, 64, 192, 8, 1, false, 
 template <>
 struct LargeBackwardConfig<float, 256> : BackwardTile<32, 32, 256, 8, 1, false, 2, 2, 2, 2> {};
 
-// The gradient of a bias that broadcasts needs no products after S and dP, and takes its rows at once.
+// Score terms and unaligned tensors need registers of their own: more warps share a block. These are also the blocks of
+// the gradient of a bias that broadcasts.
 template <class T, int kHeadDim>
-struct BiasGradientConfig : BackwardConfig<T, kHeadDim> {};
+struct GeneralBackwardConfig : BackwardConfig<T, kHeadDim> {};
 template <class T>
-struct BiasGradientConfig<T, 64> : BackwardTile<64, 64, 64, 8, 1, false, 4, 2, 4, 4> {};
+struct GeneralBackwardConfig<T, 64> : BackwardTile<64, 128, 64, 8, 1, false, 4, 2, 4, 4> {};
+template <class T>
+struct GeneralBackwardConfig<T, 128> : BackwardTile<64, 64, 128, 8, 1, false, 4, 2, 2, 2> {};
+template <>
+struct GeneralBackwardConfig<float, 64> : BackwardConfig<float, 64> {};
+template <>
+struct GeneralBackwardConfig<float, 128> : BackwardConfig<float, 128> {};
+
+template <class T, int kHeadDim>
+struct LargeGeneralBackwardConfig : LargeBackwardConfig<T, kHeadDim> {};
+template <class T>
+struct LargeGeneralBackwardConfig<T, 64> : BackwardTile<64, 128, 64, 8, 3, true, 4, 2, 4, 4> {};
+template <class T>
+struct LargeGeneralBackwardConfig<T, 128> : BackwardTile<64, 64, 128, 8, 3, true, 4, 2, 2, 2> {};
+template <>
+struct LargeGeneralBackwardConfig<float, 64> : LargeBackwardConfig<float, 64> {};
+template <>
+struct LargeGeneralBackwardConfig<float, 128> : LargeBackwardConfig<float, 128> {};
 
 }  // namespace fae::sm80

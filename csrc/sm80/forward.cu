@@ -16,7 +16,7 @@ namespace {
 struct ForwardCall {
   Problem p;
   GridSchedule schedule;
-  int value_chunks;  // thread blocks that share the columns of O
+  int value_chunks;    // thread blocks that share the columns of O
   bool whole_vectors;  // of all tensors
   Precision precision;
 };
@@ -109,8 +109,8 @@ class ForwardTask {
     if (block < blocks_.end) {
       const int rows = band_.seqlen_k - block * Config::kKeys;
       const int64_t k_stride = p_.k.stride_row, v_stride = p_.v.stride_row;
-      copy_rows<Config::kThreads, kAligned>(
-          memory_.k(stage_of(block)), GlobalRows<T>(k_next_, k_stride, rows, p_.head_dim, call_.whole_vectors));
+      copy_rows<Config::kThreads, kAligned>(memory_.k(stage_of(block)),
+                                            GlobalRows<T>(k_next_, k_stride, rows, p_.head_dim, call_.whole_vectors));
       copy_rows<Config::kThreads, kAligned>(
           memory_.v(stage_of(block)),
           GlobalRows<T>(v_next_, v_stride, rows, p_.head_dim_v - value_begin_, call_.whole_vectors));
@@ -174,7 +174,8 @@ class ForwardTask {
     // O += P V
     multiply<Config::kKeys / kStepDepth<T>>(
         output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
-        TransposedOperand<typename Memory::V, Side::right, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)), call_.precision);
+        TransposedOperand<typename Memory::V, Side::right, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)),
+        call_.precision);
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s, int stage) const {
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const __grid_
 // K and V of this many bytes fit into the second-level cache beside everything else.
 constexpr int64_t kCachedBytes = int64_t{24} << 20;
 
-template <class T, class Config>
+template <class T, class Config, bool kGeneral>
 void run_forward(const Problem& p, const Execution& execution) {
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t keys = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
@@ -261,11 +262,18 @@ void run_forward(const Problem& p, const Execution& execution) {
 
   const cuda::Grid grid{schedule.size() * chunks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
   const auto launch = [&](auto kernel) { cuda::launch("sm80 forward", kernel, grid, execution.stream, call); };
-  if constexpr (sizeof(T) == 2) {
-    if (cuda::plain_scores(p))
-      return whole ? launch(forward_kernel<T, Config, false, true>) : launch(forward_kernel<T, Config, false, false>);
+  if constexpr (!kGeneral) {
+    if (whole) return launch(forward_kernel<T, Config, false, true>);
   }
-  launch(forward_kernel<T, Config, true, false>);
+  launch(forward_kernel<T, Config, kGeneral, false>);
+}
+
+template <class T>
+void run_forward(const Problem& p, const Execution& execution) {
+  if constexpr (sizeof(T) == 2) {
+    if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
+  }
+  run_forward<T, GeneralForwardConfig<T, FAE_HEAD_DIM>, true>(p, execution);
 }
 
 }  // namespace
@@ -274,11 +282,11 @@ template <>
 void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
   switch (p.dtype) {
     case DType::bfloat16:
-      return run_forward<__nv_bfloat16, ForwardConfig<__nv_bfloat16, FAE_HEAD_DIM>>(p, execution);
+      return run_forward<__nv_bfloat16>(p, execution);
     case DType::float16:
-      return run_forward<__half, ForwardConfig<__half, FAE_HEAD_DIM>>(p, execution);
+      return run_forward<__half>(p, execution);
     case DType::float32:
-      return run_forward<float, ForwardConfig<float, FAE_HEAD_DIM>>(p, execution);
+      return run_forward<float>(p, execution);
     case DType::float64:
       break;  // declined
   }

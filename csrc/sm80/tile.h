@@ -31,7 +31,7 @@ inline Precision precision_of(const Problem& p) { return p.allow_tf32 ? Precisio
 template <class T>
 struct FragmentA {
   uint32_t x[4];
-  __device__ __forceinline__ FragmentA() = default;
+  FragmentA() = default;
   __device__ __forceinline__ FragmentA(uint32_t a, uint32_t b, uint32_t c, uint32_t d) : x{a, b, c, d} {}
 };
 template <class T>
@@ -40,42 +40,56 @@ struct FragmentB {
   __device__ __forceinline__ FragmentB(uint32_t a, uint32_t b) : x{a, b} {}
 };
 
-// A float is the sum of two tf32 numbers up to 2^-22 of it.
-__device__ __forceinline__ void split_tf32(uint32_t x, uint32_t& high, uint32_t& low) {
-  high = round_to_tf32(__uint_as_float(x));
-  low = round_to_tf32(__uint_as_float(x) - __uint_as_float(high));
-}
-
-template <>
-struct FragmentA<float> {
-  uint32_t high[4], low[4];
-  __device__ __forceinline__ FragmentA() = default;
-  __device__ __forceinline__ FragmentA(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    split_tf32(a, high[0], low[0]);
-    split_tf32(b, high[1], low[1]);
-    split_tf32(c, high[2], low[2]);
-    split_tf32(d, high[3], low[3]);
-  }
-};
-template <>
-struct FragmentB<float> {
-  uint32_t high[2], low[2];
-  __device__ __forceinline__ FragmentB(uint32_t a, uint32_t b) {
-    split_tf32(a, high[0], low[0]);
-    split_tf32(b, high[1], low[1]);
+// What a tensor core gets of the kSize registers of a fragment.
+template <class T, Precision, int kSize>
+struct Factor {
+  uint32_t x[kSize];
+  Factor() = default;
+  __device__ __forceinline__ explicit Factor(const uint32_t (&fragment)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = fragment[i];
   }
 };
 
-template <class T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b, Precision) {
+// Of a float a tensor core ignores the last 13 bits.
+constexpr uint32_t kIgnoredBits = 0x1fff, kHalfIgnored = 0x1000;
+
+// A float is the sum of two tf32 numbers up to 2^-22 of it: one with its first bits, which also keeps what is infinite
+// or NaN, and the rest, rounded.
+template <int kSize>
+struct Factor<float, Precision::full, kSize> {
+  uint32_t high[kSize], low[kSize];
+  Factor() = default;
+  __device__ __forceinline__ explicit Factor(const uint32_t (&fragment)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      high[i] = fragment[i] & ~kIgnoredBits;
+      low[i] = __float_as_uint(__uint_as_float(fragment[i]) - __uint_as_float(high[i])) + kHalfIgnored;
+    }
+  }
+};
+template <int kSize>
+struct Factor<float, Precision::tf32, kSize> {
+  uint32_t x[kSize];
+  Factor() = default;
+  __device__ __forceinline__ explicit Factor(const uint32_t (&fragment)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float value = __uint_as_float(fragment[i]);
+      x[i] = value == value ? fragment[i] + kHalfIgnored : fragment[i];
+    }
+  }
+};
+
+template <class T, Precision kPrecision>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Factor<T, kPrecision, 4>& a,
+                                             const Factor<T, kPrecision, 2>& b) {
   mma(d, a.x, b.x, T{});
 }
 // Tensor cores cut sums off where float arithmetic rounds them: what three products add up to is small beside `d`, and
 // the addition that takes it there rounds.
-template <>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const FragmentA<float>& a, const FragmentB<float>& b,
-                                             Precision precision) {
-  if (precision == Precision::tf32) return mma(d, a.high, b.high, float{});
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Factor<float, Precision::full, 4>& a,
+                                             const Factor<float, Precision::full, 2>& b) {
   float sum[4] = {};
   mma(sum, a.low, b.high, float{});  // small terms first
   mma(sum, a.high, b.low, float{});
@@ -117,8 +131,8 @@ enum class Side { left, right };
 enum class RowOrder { natural, pairs };
 
 // Which 8 x 8 matrix of a 16 x 16 piece a lane names the rows of, so that ldmatrix leaves them in the registers in the
-// order that a product wants: with `down_first` the second one lies below the first, else beside it. (In any other order
-// the compiler copies registers: operands of a product are consecutive ones.)
+// order that a product wants: with `down_first` the second one lies below the first, else beside it. (In any other
+// order the compiler copies registers: operands of a product are consecutive ones.)
 struct MatrixOrder {
   int row, chunk;
   __device__ __forceinline__ explicit MatrixOrder(bool down_first)
@@ -258,25 +272,33 @@ class PairStore {
 
 // c += A B over kSteps steps, for the 16 M x 8 N elements of one warp. left(m, k) gives a fragment of A; `right` is an
 // operand.
-template <int kSteps, int M, int N, class Left, class Right>
-__device__ __forceinline__ void multiply(Accumulator<M, N>& c, Left&& left, const Right& right, Precision precision) {
+template <Precision kPrecision, int kSteps, int M, int N, class Left, class Right>
+__device__ __forceinline__ void multiply_in(Accumulator<M, N>& c, Left&& left, const Right& right) {
   using T = typename Right::T;
   static_assert(N % 2 == 0);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    FragmentA<T> a[M];
+    Factor<T, kPrecision, 4> a[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = left(m, k);
+    for (int m = 0; m < M; ++m) a[m] = Factor<T, kPrecision, 4>(left(m, k).x);
 #pragma unroll
     for (int pair = 0; pair < N / 2; ++pair)
-      right.right(pair, k, [&](const FragmentB<T>& b0, const FragmentB<T>& b1) {
+      right.right(pair, k, [&](const FragmentB<T>& fragment0, const FragmentB<T>& fragment1) {
+        const Factor<T, kPrecision, 2> b0(fragment0.x), b1(fragment1.x);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          multiply_add<T>(c.x[m][2 * pair], a[m], b0, precision);
-          multiply_add<T>(c.x[m][2 * pair + 1], a[m], b1, precision);
+          multiply_add(c.x[m][2 * pair], a[m], b0);
+          multiply_add(c.x[m][2 * pair + 1], a[m], b1);
         }
       });
   }
+}
+template <int kSteps, int M, int N, class Left, class Right>
+__device__ __forceinline__ void multiply(Accumulator<M, N>& c, Left&& left, const Right& right, Precision precision) {
+  if (std::is_same_v<typename Right::T, float> && precision == Precision::tf32)
+    multiply_in<Precision::tf32, kSteps>(c, left, right);
+  else
+    multiply_in<Precision::full, kSteps>(c, left, right);
 }
 
 // ---- Shared memory and global memory -------------------------------------------------------------------------------
