@@ -15,8 +15,8 @@
 //
 // dQ of a query block is a sum over the key blocks that see it ("visitors"). It grows in global memory, and visitors
 // take turns, so that it has the same bits every time: the first one stores, others add, and the last one writes the
-// result. Nothing has to be set to zero, and nothing to be converted afterwards. A thread block only ever waits for blocks that have drawn a lower ticket,
-// which are running or done: there is no deadlock.
+// result. Nothing has to be set to zero, and nothing to be converted afterwards. A thread block only ever waits for
+// blocks that have drawn a lower ticket, which are running or done: there is no deadlock.
 
 namespace fae::sm80 {
 namespace {
@@ -28,8 +28,8 @@ struct BackwardCall {
   PackedBlocks query_blocks;  // packed tensors
   int query_blocks_per_head;
   unsigned long long* ticket;
-  int* turns;         // [head or batch x head][query block]: visitors that are done
-  float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
+  int* turns;          // [head or batch x head][query block]: visitors that are done
+  float* dq_partial;   // the same, by a block's sums in the order of the threads that hold them
   bool whole_vectors;  // of all tensors
   bool direct_dbias;
   Precision precision;
@@ -154,8 +154,8 @@ class BackwardTask {
  private:
   __device__ int key_begin() const { return block_ * Config::kKeys; }
 
-  // A query block of a head, and its number, which tells where in shared memory it lies. Key blocks that were handed out
-  // from the first one on walk the queries from the end, others from the start: each follows its predecessor at a
+  // A query block of a head, and its number, which tells where in shared memory it lies. Key blocks that were handed
+  // out from the first one on walk the queries from the end, others from the start: each follows its predecessor at a
   // distance.
   struct Step {
     int head, block, number;
@@ -172,13 +172,14 @@ class BackwardTask {
   __device__ Step previous(const Step& step) const {
     const int block = step.block - (last_first_ ? 1 : -1);
     const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
-    return {same_head ? step.head : step.head - 1, same_head ? block : 2 * first_rows_ + row_blocks_ - 1 - first_of_head(),
-            step.number - 1};
+    return {same_head ? step.head : step.head - 1,
+            same_head ? block : 2 * first_rows_ + row_blocks_ - 1 - first_of_head(), step.number - 1};
   }
 
   __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
-    copy_rows<Config::kThreads, !kGeneral>(to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_,
-                                                            band_.seqlen_k - key_begin(), dim, 0, call_.whole_vectors));
+    copy_rows<Config::kThreads, !kGeneral>(
+        to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_, band_.seqlen_k - key_begin(), dim, 0,
+                          call_.whole_vectors));
   }
 
   // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
@@ -236,8 +237,8 @@ class BackwardTask {
 
   // gradient += X^T Y, X^T in registers, Y the rows of a tile from sub_row on.
   template <class Scores>
-  __device__ __forceinline__ void multiply_scores(KeyGradient& gradient, const Scores& x, const typename Memory::Q& tile,
-                                                  int sub_row) const {
+  __device__ __forceinline__ void multiply_scores(KeyGradient& gradient, const Scores& x,
+                                                  const typename Memory::Q& tile, int sub_row) const {
     const typename Memory::Q rows{tile.base + sub_row * cuda::kSwizzleBytes};
     multiply<Config::kSubRows / kStepDepth<T>>(
         gradient, [&](int m, int k) { return as_left_operand<T>(x.transpose, m, k); },
@@ -385,7 +386,7 @@ class BackwardTask {
   const BackwardCall& call_;
   const BackwardProblem& p_;
   const int batch_, head_kv_, block_;
-  const bool last_first_;         // key blocks were handed out from the last one on
+  const bool last_first_;        // key blocks were handed out from the last one on
   const int q_start_, k_start_;  // cu_seqlens are int32
   const cuda::DeviceBand band_;
   Memory memory_;
@@ -409,8 +410,8 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Warps that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the queries in
-// the second-level cache; so many heads go together that a key block's slot is free when its successors have begun.
+// Warps that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the queries
+// in the second-level cache; so many heads go together that a key block's slot is free when its successors have begun.
 constexpr int64_t kConcurrentWarps = 1024;
 
 // The parts of the workspace.

@@ -129,10 +129,11 @@ __global__ void __launch_bounds__(Config::kThreads)
     load_operands<T, Config>(call, operands, batch, head, s, row, key);
     if (!Warps::exists()) continue;
     Scores prob, ds;
-    Recompute(p, batch, head, band, call.precision)(
-        operands, row, key, 0, prob, ds, [&](int m, int half, int n, int e, float x) {
-          if (row + Warps().col + prob.row(m, half) < band.seqlen_q) sum[m][half][n][e] += x;
-        });
+    Recompute(p, batch, head, band, call.precision)(operands, row, key, 0, prob, ds,
+                                                    [&](int m, int half, int n, int e, float x) {
+                                                      if (row + Warps().col + prob.row(m, half) < band.seqlen_q)
+                                                        sum[m][half][n][e] += x;
+                                                    });
   }
 
   // The tile's sums through shared memory, where those that share an element of dbias meet.

@@ -55,9 +55,9 @@ template <int kRows_, int kKeys_, int kDim_, int kWarps_, int kStages_, bool kLa
           int kScoreRowWarps_, int kKeyRowWarps_, int kQueryRowWarps_, int kSubRows_ = kRows_>
 struct BackwardTile {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kDim = kDim_;
-  static constexpr int kSubRows = kSubRows_;  // of which scores are computed at a time
-  static constexpr int kStages = kStages_;  // blocks of Q and dO in shared memory
-  static constexpr bool kLag = kLag_;       // a query block is finished while the next one is computed
+  static constexpr int kSubRows = kSubRows_;     // of which scores are computed at a time
+  static constexpr int kStages = kStages_;       // blocks of Q and dO in shared memory
+  static constexpr bool kLag = kLag_;            // a query block is finished while the next one is computed
   static constexpr int kBuffers = kLag ? 2 : 1;  // of what passes from warp to warp
   static constexpr int kWarps = kWarps_, kThreads = kWarps * cuda::kWarpThreads;
   static constexpr int kScoreKeyWarps = kScoreKeyWarps_, kScoreRowWarps = kScoreRowWarps_;  // S^T, dP^T: keys x rows

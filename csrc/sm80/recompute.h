@@ -21,11 +21,10 @@ struct WarpPlace {
   }
 };
 
-// S^T and dP^T: keys by rows, so that a warp has P^T and dS^T as left operands of dV and dK in its registers. The rows of
-// a block are gone through kSubRows at a time.
+// S^T and dP^T: keys by rows, so that a warp has P^T and dS^T as left operands of dV and dK in its registers. The rows
+// of a block are gone through kSubRows at a time.
 template <class Config>
-using ScoreWarps =
-    WarpPlace<Config, Config::kKeys, Config::kSubRows, Config::kScoreKeyWarps, Config::kScoreRowWarps>;
+using ScoreWarps = WarpPlace<Config, Config::kKeys, Config::kSubRows, Config::kScoreKeyWarps, Config::kScoreRowWarps>;
 
 // What a block of scores is computed from. `statistics` is an array of {lse, delta}, one of each row.
 template <class T, class Config>

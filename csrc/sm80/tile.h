@@ -239,8 +239,8 @@ class TransposedOperand {
   int first_;
 };
 
-// Where a warp's pairs of neighbouring elements go, of an accumulator with kPieces x 8 columns whose first element belongs
-// to (row0, col0) of a tile; col0 is a multiple of the columns, row0 one of 8.
+// Where a warp's pairs of neighbouring elements go, of an accumulator with kPieces x 8 columns whose first element
+// belongs to (row0, col0) of a tile; col0 is a multiple of the columns, row0 one of 8.
 template <class Tile, int kPieces>
 class PairStore {
   using T = typename Tile::Element;
