@@ -77,7 +77,10 @@ def test_code_shared_by_instruction_sets_is_portable() -> None:
 
 
 def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
-    """Kernels for plain 16-bit attention up to head dim 128, and all that is not attention, spill nothing."""
+    """Kernels for plain 16-bit attention up to head dim 128, and all that is not attention, spill nothing.
+
+    Of the backward, that is the kernel for aligned tensors and 227 KB of shared memory.
+    """
     skip_unless_built(CUDA_LIBRARY)
     (build,) = build_folders()
     logs = {log.name: log.read_text() for log in build.glob("ptxas/*.log")}
@@ -97,6 +100,7 @@ def test_ptxas_reports_no_serialised_wgmma_and_no_spills() -> None:
             attention = re.search(r"(forward|backward|bias_gradient)_kernelI(f?).*ConfigI.*Li(\d+)E+(Lb1)?", kernel)
             plain = not attention or not (attention[2] or attention[4] or int(attention[3]) > 128)
             plain &= not attention or attention[1] != "bias_gradient"
+            plain &= not attention or attention[1] != "backward" or bool(re.search(r"Large.*Lb0ELb1", kernel))
             # Score terms and float32 keep more values than there are registers; what they spill, beside thousands of
             # instructions of a block of keys, is not to grow.
             assert max(map(int, stored_and_loaded)) <= (0 if plain else 336), f"{name}: {kernel} {stored_and_loaded}"

@@ -79,8 +79,8 @@ using QueryWarps = WarpPlace<Config, Config::kRows, Config::kDim, Config::kQuery
 template <class Config>
 constexpr int64_t kPartialFloats = QueryWarps<Config>::M * QueryWarps<Config>::N * 4 * Config::kThreads;
 
-// kGeneral: scores are more than products times a scale, or not all tensors load and store in whole vectors.
-template <class T, class Config, bool kGeneral>
+// kGeneral: scores are more than products times a scale. kAligned: all tensors load and store in whole vectors.
+template <class T, class Config, bool kGeneral, bool kAligned>
 class BackwardTask {
   using Memory = BackwardMemory<T, Config>;
   using KeyPlace = KeyWarps<Config>;
@@ -96,6 +96,9 @@ class BackwardTask {
         head_kv_(static_cast<int>(tile.head)),
         block_(static_cast<int>(tile.block)),
         last_first_(last_first),
+        first_slot_(static_cast<uint32_t>(call.query_blocks.cu_seqlens
+                                              ? call.query_blocks.first(batch_)
+                                              : batch_ * p_.heads * call.query_blocks_per_head)),
         q_start_(static_cast<int>(sequence.q_start)),
         k_start_(static_cast<int>(sequence.k_start)),
         band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
@@ -177,9 +180,8 @@ class BackwardTask {
   }
 
   __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
-    copy_rows<Config::kThreads, !kGeneral>(
-        to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_, band_.seqlen_k - key_begin(), dim, 0,
-                          call_.whole_vectors));
+    copy_rows<Config::kThreads, kAligned>(to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_,
+                                                            band_.seqlen_k - key_begin(), dim, 0, call_.whole_vectors));
   }
 
   // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
@@ -188,7 +190,7 @@ class BackwardTask {
       const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin, stage = step.stage();
       const int64_t row = q_start_ + begin;
       const auto copy = [&](const typename Memory::Q& to, const TensorView& view, int64_t dim) {
-        copy_rows<Config::kThreads, !kGeneral>(
+        copy_rows<Config::kThreads, kAligned>(
             to, GlobalRows<T>(view, batch_, row, step.head, rows, dim, 0, call_.whole_vectors));
       };
       copy(memory_.q(stage), p_.q, p_.head_dim);
@@ -299,9 +301,7 @@ class BackwardTask {
     const auto keys = band_.any(begin, min(begin + Config::kRows, band_.seqlen_q));
     const int first = keys.begin / Config::kKeys, visitors = ceil_div(keys.end, Config::kKeys) - first;
     const int rank = last_first_ ? first + visitors - 1 - block_ : block_ - first;
-    const int head = (call_.query_blocks.cu_seqlens ? 0 : batch_ * static_cast<int>(p_.heads)) + step.head;
-    const int block = (call_.query_blocks.cu_seqlens ? call_.query_blocks.first(batch_) : 0) + step.block;
-    return {rank, visitors, static_cast<uint32_t>(head) * static_cast<uint32_t>(call_.query_blocks_per_head) + block};
+    return {rank, visitors, first_slot_ + static_cast<uint32_t>(step.head * call_.query_blocks_per_head + step.block)};
   }
   __device__ int* done(const Turn& turn) const { return call_.turns + turn.slot; }
 
@@ -362,7 +362,7 @@ class BackwardTask {
     x.for_each_row([&](int m, int half) {
       const int r = x.row(m, half);
       T* const to = row_ptr<T>(view, batch_, row + r, head);
-      if constexpr (!kGeneral && N % 2 == 0) {
+      if constexpr (kAligned && N % 2 == 0) {
         // The quad of a row swaps what it holds, so that each lane has 16 bytes.
 #pragma unroll
         for (int n = 0; n < N; n += 4) {
@@ -387,6 +387,7 @@ class BackwardTask {
   const BackwardProblem& p_;
   const int batch_, head_kv_, block_;
   const bool last_first_;        // key blocks were handed out from the last one on
+  const uint32_t first_slot_;    // of the sequence's query blocks
   const int q_start_, k_start_;  // cu_seqlens are int32
   const cuda::DeviceBand band_;
   Memory memory_;
@@ -394,7 +395,7 @@ class BackwardTask {
   KeyGradient dk_, dv_;
 };
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, bool kGeneral, bool kAligned>
 __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
   // In a place that nobody writes to before the first barrier of the walk.
   auto* const ticket =
@@ -405,7 +406,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
   const Tile tile = call.key_blocks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
-  BackwardTask<T, Config, kGeneral>(call, tile, call.key_blocks.is_last_first(number), sequence).run();
+  BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.key_blocks.is_last_first(number), sequence).run();
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -493,38 +494,35 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
   const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
-  cuda::launch("sm80 backward", backward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
+  const auto launch = [&](auto kernel) { cuda::launch("sm80 backward", kernel, grid, execution.stream, call); };
+  if constexpr (!kGeneral)
+    if (call.whole_vectors) return launch(backward_kernel<T, Config, false, true>);
+  launch(backward_kernel<T, Config, kGeneral, false>);
 }
 
-// f(Large{}) where this device has shared memory for it, else f(Small{}).
-template <class T, class Large, class Small, class F>
-auto with_config(F&& f) {
-  if constexpr (FAE_HEAD_DIM <= 256)
-    if (cuda::shared_memory_per_block() >= static_cast<size_t>(BackwardMemory<T, Large>::kBytes)) return f(Large{});
-  return f(Small{});
-}
+// f(config, general) with the config for this call on this device, and std::bool_constant general.
 template <class T, class F>
-auto with_plain_config(F&& f) {
-  return with_config<T, LargeBackwardConfig<T, FAE_HEAD_DIM>, BackwardConfig<T, FAE_HEAD_DIM>>(f);
-}
-template <class T, class F>
-auto with_general_config(F&& f) {
-  return with_config<T, LargeGeneralBackwardConfig<T, FAE_HEAD_DIM>, GeneralBackwardConfig<T, FAE_HEAD_DIM>>(f);
+auto with_config(const BackwardProblem& p, F&& f) {
+  const auto choose = [&](auto large, auto small, auto general) {
+    constexpr size_t kLarge = BackwardMemory<T, decltype(large)>::kBytes;
+    if constexpr (kLarge > BackwardMemory<T, decltype(small)>::kBytes)
+      if (cuda::shared_memory_per_block() >= kLarge) return f(large, general);
+    return f(small, general);
+  };
+  if constexpr (sizeof(T) == 2)
+    if (cuda::plain_scores(p))
+      return choose(LargeBackwardConfig<T, FAE_HEAD_DIM>{}, BackwardConfig<T, FAE_HEAD_DIM>{}, std::false_type{});
+  return choose(LargeGeneralBackwardConfig<T, FAE_HEAD_DIM>{}, GeneralBackwardConfig<T, FAE_HEAD_DIM>{},
+                std::true_type{});
 }
 
-// Which kernel it will be depends on tensors that do not exist yet.
 template <class T>
 size_t workspace_of(const BackwardProblem& p) {
-  const auto bytes = [&](auto config) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; };
-  return std::max(with_plain_config<T>(bytes), with_general_config<T>(bytes));
+  return with_config<T>(p, [&](auto config, auto) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; });
 }
-
 template <class T>
 void run(const BackwardProblem& p, const Execution& execution) {
-  if constexpr (sizeof(T) == 2)
-    if (all_whole_vectors<T>(p) && cuda::plain_scores(p))
-      return with_plain_config<T>([&](auto config) { run_backward<T, decltype(config), false>(p, execution); });
-  with_general_config<T>([&](auto config) { run_backward<T, decltype(config), true>(p, execution); });
+  with_config<T>(p, [&](auto config, auto general) { run_backward<T, decltype(config), general()>(p, execution); });
 }
 
 }  // namespace
