@@ -69,7 +69,8 @@ struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them do not launch
   uint32_t pairs = 0, heads = 0, blocks = 0, group = 1;
   bool last_first = false;
-  PackedBlocks packed;  // null cu_seqlens: every sequence has `blocks` blocks
+  bool alternate = false;  // groups have their last block first in turns, and the last group its first one
+  PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
                           int64_t total)
@@ -87,11 +88,15 @@ struct GridSchedule {
     group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
   }
   FAE_INLINE int64_t size() const { return tasks; }
+  // Whether the blocks of the group that a number falls into are counted from the end.
+  FAE_INLINE bool is_last_first(uint32_t index) const {
+    return last_first || (alternate && ((pairs - 1) / group - index / (group * blocks)) % 2 != 0);
+  }
   FAE_INLINE Tile operator[](uint32_t index) const {
     const uint32_t first = index / (group * blocks) * group;
     const uint32_t in_group = pairs - first < group ? pairs - first : group;
     const uint32_t rest = index - first * blocks, number = rest / in_group, pair = first + (rest - number * in_group);
-    const uint32_t block = last_first ? blocks - 1 - number : number;
+    const uint32_t block = is_last_first(index) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
       Tile tile = packed[static_cast<int32_t>(block)];
       tile.head = pair;

@@ -4,6 +4,7 @@
 #include "accumulator.h"
 #include "delta.h"
 #include "launch.h"
+#include "pack.h"
 #include "score_terms.h"
 
 namespace fae::cuda {
@@ -35,7 +36,27 @@ __device__ void copy_monotone(const int32_t* from, int64_t count, int64_t total,
   }
 }
 
-template <class T>
+// A division of 64 bits takes longer than a row.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return static_cast<uint64_t>(a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
+template <class T, int kChunk>
+__device__ __forceinline__ float dot(const T* x, const T* y, int64_t size) {
+  float sum = 0;
+#pragma unroll 2
+  for (int64_t d = threadIdx.x % kRowLanes * kChunk; d < size; d += kRowLanes * kChunk) {
+    float a[kChunk], b[kChunk];
+    load<kChunk>(x + d, a);
+    load<kChunk>(y + d, b);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) sum += a[i] * b[i];
+  }
+  return sum;
+}
+
+// kChunk: elements that are read at once.
+template <class T, int kChunk>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ BackwardPreparation a) {
   const BackwardProblem& p = a.p;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -51,21 +72,18 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const int64_t rows = packed ? p.total_q : p.max_seqlen_q, count = (packed ? 1 : p.batch) * rows * p.heads;
   const int64_t last = ceil_div(count, threads / kRowLanes) * (threads / kRowLanes);  // whole warps take part in sums
   for (int64_t i = thread / kRowLanes; i < last; i += threads / kRowLanes) {
-    const int64_t head = i % p.heads, row = i / p.heads % rows, batch = i / p.heads / rows;
+    const int64_t number = quotient(i, p.heads), batch = quotient(number, rows);
+    const int64_t head = i - number * p.heads, row = number - batch * rows;
     float sum = 0;
-    if (i < count) {
-      const T* const out = row_ptr<T>(p.out, batch, row, head);
-      const T* const dout = row_ptr<T>(p.dout, batch, row, head);
-      for (int64_t d = threadIdx.x % kRowLanes; d < p.head_dim_v; d += kRowLanes)
-        sum += as_float(out[d]) * as_float(dout[d]);
-    }
+    if (i < count)
+      sum = dot<T, kChunk>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head), p.head_dim_v);
     sum = sum_over_lanes<kRowLanes>(sum);
     if (i >= count) continue;
     if (threadIdx.x % kRowLanes == 0) {
       if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
       *stats_ptr<float>(p.delta, batch, row, head) = sum;
     }
-    if (packed) continue;
+    if (!a.unseen_rows) continue;
     const Sequence s = sequence_of(p, batch);
     if (row < s.seqlen_q && !band_of(p, s).any(row, row + 1).empty()) continue;
     T* const dq = row_ptr<T>(p.dq, batch, row, head);
@@ -95,18 +113,32 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const __grid_constant_
 
 }  // namespace
 
-void prepare_backward(const BackwardPreparation& preparation, const Execution& execution) {
+void prepare_backward(BackwardPreparation preparation, const Execution& execution) {
   const BackwardProblem& p = preparation.p;
+  // Dense rows that see no key: where lengths are the tensors' own, the host knows whether there are any.
+  const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
+  const bool whole_batch = !p.seqused_q && !p.seqused_k;
+  preparation.unseen_rows =
+      !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
+
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};
-  const auto run = [&](auto kernel) { launch("backward preparation", kernel, grid, execution.stream, preparation); };
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const auto whole = [](const TensorView& t) {
+      return aligned(t.data, sizeof(T), t.stride_batch, t.stride_row, t.stride_head);
+    };
+    const bool chunks = p.head_dim_v % kPackSize<T> == 0 && whole(p.out) && whole(p.dout);
+    launch("backward preparation", chunks ? prepare_kernel<T, kPackSize<T>> : prepare_kernel<T, 1>, grid,
+           execution.stream, preparation);
+  };
   if (p.dtype == DType::float32)
-    run(prepare_kernel<float>);
+    run(float{});
   else if (p.dtype == DType::bfloat16)
-    run(prepare_kernel<__nv_bfloat16>);
+    run(__nv_bfloat16{});
   else
-    run(prepare_kernel<__half>);
+    run(__half{});
 }
 
 void compute_dsinks(const BackwardProblem& p, const Execution& execution) {

@@ -15,8 +15,9 @@ struct BackwardPreparation {
   int* counters = nullptr;
   int64_t counter_count = 0;
   int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  bool unseen_rows = false;  // whether there may be any of the last kind; prepare_backward finds out
 };
-void prepare_backward(const BackwardPreparation& preparation, const Execution& execution);
+void prepare_backward(BackwardPreparation preparation, const Execution& execution);
 
 // A sink is a key without a value: dsink = -sum over rows of P_sink * delta,  P_sink = exp(sink - lse).
 void compute_dsinks(const BackwardProblem& p, const Execution& execution);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -19,6 +20,15 @@ struct Grid {
 };
 
 #if defined(__CUDACC__)
+
+// What a thread block of the current device can have.
+inline size_t shared_memory_per_block() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    throw std::runtime_error("flash_attn_ext: the CUDA device does not say how much shared memory it has");
+  return static_cast<size_t>(bytes);
+}
 
 // Launches `kernel` and throws where that fails, naming the kernel and the shape.
 template <class... Args>
@@ -58,6 +68,12 @@ inline void clear(void* p, size_t bytes, void* stream) {
 }
 
 #else
+
+// The emulator stands for the largest devices, or for those with FAE_EMULATOR_SHARED bytes.
+inline size_t shared_memory_per_block() {
+  const char* const bytes = std::getenv("FAE_EMULATOR_SHARED");
+  return bytes ? static_cast<size_t>(std::atoll(bytes)) : size_t{227} << 10;
+}
 
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void*, std::type_identity_t<Args>... args) {

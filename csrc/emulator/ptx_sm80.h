@@ -129,6 +129,7 @@ inline void add_to_global(float* p, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) p[i] += x[i];
 }
 inline int load_acquire(const int* p) { return *p; }
+inline int load_relaxed(const int* p) { return *p; }
 inline void store_release(int* p, int x) { *p = x; }
 
 }  // namespace fae::sm80

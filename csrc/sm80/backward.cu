@@ -7,13 +7,16 @@
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with mma.sync:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
 // A thread block keeps a block of keys of one KV head, and dK and dV of it in registers, while it walks the query
-// blocks of the heads that share those keys. P and dS pass from warp to warp through shared memory.
+// blocks of the heads that share those keys. Scores are computed transposed: where a warp has all rows of its keys, P^T
+// and dS^T are left operands as they are, else they pass from warp to warp through shared memory.
+//
+// In the interval between two barriers a warp finishes one query block (at least dQ) and computes P and dS of the next:
+// warps may be a whole interval apart, so that one computes exponentials while others multiply.
 //
 // dQ of a query block is a sum over the key blocks that see it ("visitors"). It grows in global memory, and visitors
-// take turns in the order of their keys, so that it has the same bits every time: the first one stores, others add, and
-// the last one writes the result. Nothing has to be set to zero, and nothing to be converted afterwards. All key blocks
-// walk the queries from the end, so that each follows its predecessor at a distance and finds its turn come. A thread
-// block only ever waits for blocks that have drawn a lower ticket, which are running or done: there is no deadlock.
+// take turns, so that it has the same bits every time: the first one stores, others add, and the last one writes the
+// result. Nothing has to be set to zero, and nothing to be converted afterwards. A thread block only ever waits for
+// blocks that have drawn a lower ticket, which are running or done: there is no deadlock.
 
 namespace fae::sm80 {
 namespace {
@@ -23,11 +26,11 @@ struct BackwardCall {
   BackwardProblem p;
   GridSchedule key_blocks;    // (batch, KV head, block of keys)
   PackedBlocks query_blocks;  // packed tensors
-  int64_t query_blocks_per_head;
+  int query_blocks_per_head;
   unsigned long long* ticket;
-  int* turns;         // [head or batch x head][query block]: visitors that are done
-  float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
-  bool q_whole_vectors, k_whole_vectors, v_whole_vectors, dout_whole_vectors;
+  int* turns;          // [head or batch x head][query block]: visitors that are done
+  float* dq_partial;   // the same, by a block's sums in the order of the threads that hold them
+  bool whole_vectors;  // of all tensors
   bool direct_dbias;
   Precision precision;
 };
@@ -36,12 +39,12 @@ template <class T, class Config>
 struct BackwardMemory {
   using K = typename ScoreOperands<T, Config>::Keys;
   using Q = typename ScoreOperands<T, Config>::Rows;
-  using P = SharedTile<T, Config::kRows, Config::kKeys>;
-  static constexpr int kStatsBytes = Config::kRows * 8;
+  using P = SharedTile<T, Config::kKeys, Config::kRows>;  // P^T and dS^T
   static constexpr int kStageBytes = 2 * Q::kBytes;
-  static constexpr int kStats = 2 * K::kBytes + Config::kStages * kStageBytes + 2 * P::kBytes;
-  static constexpr int kTicket = kStats + Config::kStages * kStatsBytes;
-  static constexpr int kBytes = kTicket + 8;
+  static constexpr int kBufferBytes = (Config::kInRegisters ? 1 : 2) * P::kBytes;
+  static constexpr int kBuffers = 2 * K::kBytes + Config::kStages * kStageBytes;
+  static constexpr int kStatistics = kBuffers + Config::kBuffers * kBufferBytes;
+  static constexpr int kBytes = kStatistics + Config::kStages * Config::kRows * 8;
 
   uint32_t base;
 
@@ -49,12 +52,11 @@ struct BackwardMemory {
   __device__ K v() const { return {base + K::kBytes}; }
   __device__ Q q(int stage) const { return {base + 2 * K::kBytes + stage * kStageBytes}; }
   __device__ Q dout(int stage) const { return {base + 2 * K::kBytes + stage * kStageBytes + Q::kBytes}; }
-  __device__ P p() const { return {base + 2 * K::kBytes + Config::kStages * kStageBytes}; }
-  __device__ P ds() const { return {base + 2 * K::kBytes + Config::kStages * kStageBytes + P::kBytes}; }
-  __device__ uint32_t lse(int stage) const { return base + kStats + stage * kStatsBytes; }
-  __device__ uint32_t delta(int stage) const { return lse(stage) + Config::kRows * 4; }
+  __device__ P ds(int buffer) const { return {base + kBuffers + buffer * kBufferBytes}; }
+  __device__ P p(int buffer) const { return {base + kBuffers + buffer * kBufferBytes + P::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * Config::kRows * 8; }
   __device__ ScoreOperands<T, Config> operands(int stage) const {
-    return {q(stage), dout(stage), k(), v(), lse(stage), delta(stage)};
+    return {q(stage), dout(stage), k(), v(), statistics(stage)};
   }
 };
 
@@ -77,7 +79,8 @@ using QueryWarps = WarpPlace<Config, Config::kRows, Config::kDim, Config::kQuery
 template <class Config>
 constexpr int64_t kPartialFloats = QueryWarps<Config>::M * QueryWarps<Config>::N * 4 * Config::kThreads;
 
-template <class T, class Config, bool kGeneral>
+// kGeneral: scores are more than products times a scale. kAligned: all tensors load and store in whole vectors.
+template <class T, class Config, bool kGeneral, bool kAligned>
 class BackwardTask {
   using Memory = BackwardMemory<T, Config>;
   using KeyPlace = KeyWarps<Config>;
@@ -86,137 +89,191 @@ class BackwardTask {
   using QueryGradient = Accumulator<QueryPlace::M, QueryPlace::N>;
 
  public:
-  __device__ BackwardTask(const BackwardCall& call, const Tile& tile, const Sequence& sequence)
+  __device__ BackwardTask(const BackwardCall& call, const Tile& tile, bool last_first, const Sequence& sequence)
       : call_(call),
         p_(call.p),
         batch_(static_cast<int>(tile.batch)),
         head_kv_(static_cast<int>(tile.head)),
         block_(static_cast<int>(tile.block)),
-        sequence_(sequence),
+        last_first_(last_first),
+        first_slot_(static_cast<uint32_t>(call.query_blocks.cu_seqlens
+                                              ? call.query_blocks.first(batch_)
+                                              : batch_ * p_.heads * call.query_blocks_per_head)),
+        q_start_(static_cast<int>(sequence.q_start)),
+        k_start_(static_cast<int>(sequence.k_start)),
         band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
         memory_{shared_offset(dynamic_shared_memory())} {
     const auto rows = band_.rows_any(key_begin(), min(key_begin() + Config::kKeys, band_.seqlen_k));
     if (rows.empty()) return;
     first_rows_ = rows.begin / Config::kRows;
-    last_rows_ = ceil_div(rows.end, Config::kRows) - 1;
+    row_blocks_ = ceil_div(rows.end, Config::kRows) - first_rows_;
   }
 
   __device__ void run() {
-    const int rows = band_.seqlen_k - key_begin();
-    copy_rows<Config::kThreads>(memory_.k(), GlobalRows<T>(p_.k, batch_, sequence_.k_start + key_begin(), head_kv_,
-                                                           rows, p_.head_dim, 0, call_.k_whole_vectors));
-    copy_rows<Config::kThreads>(memory_.v(), GlobalRows<T>(p_.v, batch_, sequence_.k_start + key_begin(), head_kv_,
-                                                           rows, p_.head_dim_v, 0, call_.v_whole_vectors));
+    copy_keys(memory_.k(), p_.k, p_.head_dim);
+    copy_keys(memory_.v(), p_.v, p_.head_dim_v);
     dk_.fill(0);
     dv_.fill(0);
-    const int group = static_cast<int>(p_.heads / p_.heads_kv);
-    const Step end{(head_kv_ + 1) * group, last_rows_};
-    Step step{head_kv_ * group, last_rows_};
-    if (first_rows_ > last_rows_) step = end;
-    copy_queries(step, end, 0);
-    int stage = 0;
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), end = row_blocks_ > 0 ? (head_kv_ + 1) * group : 0;
+    Step step{head_kv_ * group, first_of_head(), 0};
+    copy_queries(step, end);
+    Step before = step;  // the last step that was computed
+    if constexpr (Config::kLag) {
 #pragma unroll 1
-    for (; step.head < end.head; step = after(step)) {
-      visit(step, end, stage);
-      stage = (stage + 1) % Config::kStages;
+      for (bool more = true; more; before = step, step = after(step)) {
+        more = step.head < end;
+        wait_copies<0>();
+        __syncthreads();
+        copy_queries(after(step), end);
+        before.number = step.number - 1;
+        if (step.number > 1) pass_turn(previous(before));
+        if (!Config::kInRegisters && step.number > 0) finish(before);
+        if (more) recompute(step);
+        if (Config::kInRegisters && step.number > 0) finish(before);
+      }
+      before = previous(before);
+    } else {
+#pragma unroll 1
+      for (; step.head < end; before = step, step = after(step)) {
+        wait_copies<0>();
+        __syncthreads();
+        if (Config::kStages > 1) copy_queries(after(step), end);
+        if (step.number > 0) pass_turn(before);
+        recompute(step);
+        __syncthreads();
+        finish(step);
+        if (Config::kStages > 1) continue;
+        __syncthreads();
+        copy_queries(after(step), end);
+      }
     }
     wait_copies<0>();  // nothing may arrive after this block
-    pass_turn();
+    __syncthreads();
+    if (end > 0) pass_turn(before);
     write(dk_, p_.dk, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     write(dv_, p_.dv, static_cast<int>(p_.head_dim_v), 1.0f);
   }
 
  private:
-  // A query block of a head.
-  struct Step {
-    int head, block;
-  };
-  __device__ Step after(const Step& step) const {
-    return step.block > first_rows_ ? Step{step.head, step.block - 1} : Step{step.head + 1, last_rows_};
-  }
   __device__ int key_begin() const { return block_ * Config::kKeys; }
 
-  // Starts the copy of Q, dO, lse and delta, in a group of its own (which is empty past the last step).
-  __device__ void copy_queries(const Step& step, const Step& end, int stage) const {
-    if (step.head < end.head) {
-      const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin;
-      const int64_t row = sequence_.q_start + begin;
-      copy_rows<Config::kThreads>(
-          memory_.q(stage), GlobalRows<T>(p_.q, batch_, row, step.head, rows, p_.head_dim, 0, call_.q_whole_vectors));
-      copy_rows<Config::kThreads>(memory_.dout(stage), GlobalRows<T>(p_.dout, batch_, row, step.head, rows,
-                                                                     p_.head_dim_v, 0, call_.dout_whole_vectors));
-      if (const int i = static_cast<int>(threadIdx.x); i < Config::kRows) {
-        const bool valid = i < rows;
-        const int from = valid ? i : 0;
-        copy_4_bytes(memory_.lse(stage) + i * 4, stats_ptr<float>(p_.lse, batch_, row + from, step.head), valid);
-        copy_4_bytes(memory_.delta(stage) + i * 4, stats_ptr<float>(p_.delta, batch_, row + from, step.head), valid);
-      }
+  // A query block of a head, and its number, which tells where in shared memory it lies. Key blocks that were handed
+  // out from the first one on walk the queries from the end, others from the start: each follows its predecessor at a
+  // distance.
+  struct Step {
+    int head, block, number;
+    __device__ int stage() const { return number % Config::kStages; }
+    __device__ int buffer() const { return number % Config::kBuffers; }
+  };
+  __device__ int first_of_head() const { return last_first_ ? first_rows_ : first_rows_ + row_blocks_ - 1; }
+  __device__ Step after(const Step& step) const {
+    const int block = step.block + (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head + 1, same_head ? block : first_of_head(), step.number + 1};
+  }
+
+  __device__ Step previous(const Step& step) const {
+    const int block = step.block - (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head - 1,
+            same_head ? block : 2 * first_rows_ + row_blocks_ - 1 - first_of_head(), step.number - 1};
+  }
+
+  __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
+    copy_rows<Config::kThreads, kAligned>(to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_,
+                                                            band_.seqlen_k - key_begin(), dim, 0, call_.whole_vectors));
+  }
+
+  // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
+  __device__ __forceinline__ void copy_queries(const Step& step, int end) const {
+    if (step.head < end) {
+      const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin, stage = step.stage();
+      const int64_t row = q_start_ + begin;
+      const auto copy = [&](const typename Memory::Q& to, const TensorView& view, int64_t dim) {
+        copy_rows<Config::kThreads, kAligned>(
+            to, GlobalRows<T>(view, batch_, row, step.head, rows, dim, 0, call_.whole_vectors));
+      };
+      copy(memory_.q(stage), p_.q, p_.head_dim);
+      copy(memory_.dout(stage), p_.dout, p_.head_dim_v);
+      copy_statistics<Config>(memory_.statistics(stage), p_, batch_, row, step.head, rows);
     }
     commit_copies();
   }
 
-  // One query block: its share of dK and dV, and this block's share of its dQ.
-  __device__ __forceinline__ void visit(const Step& step, const Step& end, int stage) {
-    wait_copies<0>();
-    __syncthreads();
-    pass_turn();
-    if constexpr (Config::kStages > 1) copy_queries(after(step), end, 1 - stage);
-    if (ScoreWarps<Config>::exists()) recompute(step, stage);
-    const Visit turn = visit_of(step);
-    if (threadIdx.x == 0 && turn.rank > 0)
-      while (load_acquire(turn.done) < turn.rank) {
-      }
-    __syncthreads();
-
-    if (QueryPlace::exists()) {
-      QueryGradient dq;
-      dq.fill(0);
-      multiply_operands<Config::kKeys>(
-          dq, StraightOperand<typename Memory::P, Side::left>(memory_.ds(), QueryPlace().row),
-          TransposedOperand<typename Memory::K, Side::right>(memory_.k(), QueryPlace().col));  // dS K
-      add_to_dq(dq, step, turn);
-    }
-    to_pass_ = turn.rank + 1 < turn.visitors ? turn.done : nullptr;
-    passed_ = turn.rank;
-    if (KeyPlace::exists()) {
-      multiply_operands<Config::kRows>(
-          dv_, TransposedOperand<typename Memory::P, Side::left>(memory_.p(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q, Side::right>(memory_.dout(stage), KeyPlace().col));  // P^T dO
-      multiply_operands<Config::kRows>(
-          dk_, TransposedOperand<typename Memory::P, Side::left>(memory_.ds(), KeyPlace().row),
-          TransposedOperand<typename Memory::Q, Side::right>(memory_.q(stage), KeyPlace().col));  // dS^T Q
-    }
-    if constexpr (Config::kStages == 1) {
-      __syncthreads();
-      copy_queries(after(step), end, 0);
-    }
-  }
-
-  template <int kDepth, int M, int N, class Left, class Right>
-  __device__ __forceinline__ void multiply_operands(Accumulator<M, N>& x, const Left& left, const Right& right) const {
-    multiply<kDepth / kStepDepth<T>>(x, [&](int m, int k) { return left.left(m, k); }, right, call_.precision);
-  }
-
-  // P and dS of the warp's rows and keys, into shared memory.
-  __device__ __forceinline__ void recompute(const Step& step, int stage) const {
+  // P and dS of the warp's rows and keys. Where they stay in registers, dV += P^T dO and dK += dS^T Q.
+  __device__ __forceinline__ void recompute(const Step& step) {
+    if (!ScoreWarps<Config>::exists()) return;
     using Recompute = sm80::Recompute<T, Config, kGeneral>;
     const ScoreWarps<Config> place;
-    const int row = step.block * Config::kRows;
-    typename Recompute::Scores prob, ds;
-    Recompute(p_, batch_, step.head, band_, call_.precision)(
-        memory_.operands(stage), row, key_begin(), prob, ds, [&](int m, int half, int n, int e, float x) {
-          if (call_.direct_dbias)
-            write_dbias(step.head, row + place.row + prob.row(m, half), key_begin() + place.col + prob.col(n, e), x);
-        });
-    prob.for_each_row([&](int m, int half) {
-      const int r = place.row + prob.row(m, half);
-#pragma unroll
-      for (int n = 0; n < ScoreWarps<Config>::N; ++n) {
-        const int c = place.col + prob.col(n, 0);
-        store_pair(memory_.p(), r, c, prob.at(m, half, n, 0), prob.at(m, half, n, 1));
-        store_pair(memory_.ds(), r, c, ds.at(m, half, n, 0), ds.at(m, half, n, 1));
+    const int stage = step.stage(), buffer = step.buffer(), row = step.block * Config::kRows;
+#pragma unroll 1
+    for (int sub_row = 0; sub_row < Config::kRows; sub_row += Config::kSubRows) {
+      typename Recompute::Scores prob, ds;
+      Recompute(p_, batch_, step.head, band_, call_.precision)(
+          memory_.operands(stage), row, key_begin(), sub_row, prob, ds, [&](int m, int half, int n, int e, float x) {
+            if (call_.direct_dbias)
+              write_dbias(step.head, row + sub_row + place.col + prob.row(m, half),
+                          key_begin() + place.row + prob.col(n, e), x);
+          });
+      store(memory_.ds(buffer), ds, sub_row);
+      if constexpr (Config::kInRegisters) {
+        multiply_scores(dv_, prob, memory_.dout(stage), sub_row);
+        multiply_scores(dk_, ds, memory_.q(stage), sub_row);
+      } else {
+        store(memory_.p(buffer), prob, sub_row);
       }
-    });
+    }
+  }
+
+  template <class Scores>
+  __device__ __forceinline__ void store(const typename Memory::P& tile, const Scores& x, int sub_row) const {
+    const ScoreWarps<Config> place;
+    const PairStore<typename Memory::P, Scores::kRowPieces> pairs(tile, place.row, sub_row + place.col);
+#pragma unroll
+    for (int n = 0; n < Scores::kColPieces; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int m = 0; m < Scores::kRowPieces; ++m) pairs.store(2 * n + e, m, x.at(m, 0, n, e), x.at(m, 1, n, e));
+  }
+
+  // gradient += X^T Y, X^T in registers, Y the rows of a tile from sub_row on.
+  template <class Scores>
+  __device__ __forceinline__ void multiply_scores(KeyGradient& gradient, const Scores& x,
+                                                  const typename Memory::Q& tile, int sub_row) const {
+    const typename Memory::Q rows{tile.base + sub_row * cuda::kSwizzleBytes};
+    multiply<Config::kSubRows / kStepDepth<T>>(
+        gradient, [&](int m, int k) { return as_left_operand<T>(x.transpose, m, k); },
+        TransposedOperand<typename Memory::Q, Side::right, KeyPlace::N / 2, RowOrder::pairs>(rows), call_.precision);
+  }
+
+  // What is left of a step when all warps' P and dS are there.
+  __device__ __forceinline__ void finish(const Step& step) {
+    const int stage = step.stage(), buffer = step.buffer();
+    if (QueryPlace::exists()) {
+      const Turn turn = turn_of(step);
+      const int before = turn.rank > 0 ? load_relaxed(done(turn)) : 0;  // comes while the product is computed
+      QueryGradient dq;
+      dq.fill(0);
+      const TransposedOperand<typename Memory::P, Side::left, QueryPlace::M> ds(memory_.ds(buffer), QueryPlace().row);
+      multiply<Config::kKeys / kStepDepth<T>>(
+          dq, [&](int m, int k) { return ds.left(m, k); },
+          TransposedOperand<typename Memory::K, Side::right, QueryPlace::N / 2>(memory_.k(), QueryPlace().col),
+          call_.precision);  // dS K
+      add_to_dq(dq, step, turn, before);
+    }
+    if (!Config::kInRegisters && KeyPlace::exists()) {
+      multiply_tiles(dv_, memory_.p(buffer), memory_.dout(stage));  // P^T dO
+      multiply_tiles(dk_, memory_.ds(buffer), memory_.q(stage));    // dS^T Q
+    }
+  }
+
+  __device__ __forceinline__ void multiply_tiles(KeyGradient& gradient, const typename Memory::P& x,
+                                                 const typename Memory::Q& y) const {
+    const StraightOperand<typename Memory::P, Side::left> left(x, KeyPlace().row);
+    multiply<Config::kRows / kStepDepth<T>>(
+        gradient, [&](int m, int k) { return left.left(m, k); },
+        TransposedOperand<typename Memory::Q, Side::right, KeyPlace::N / 2>(y, KeyPlace().col), call_.precision);
   }
 
   // Where every element of bias belongs to one score, its gradient is that score's.
@@ -233,60 +290,69 @@ class BackwardTask {
 
   // ---- dQ, in turns -------------------------------------------------------------------------------------------------
 
-  struct Visit {
+  // This block's turn to add to a query block's dQ.
+  struct Turn {
     int rank, visitors;
-    int* done;
-    float* partial;
+    uint32_t slot;  // of the query block
+    __device__ bool last() const { return rank == visitors - 1; }
   };
-  __device__ Visit visit_of(const Step& step) const {
+  __device__ __forceinline__ Turn turn_of(const Step& step) const {
     const int begin = step.block * Config::kRows;
     const auto keys = band_.any(begin, min(begin + Config::kRows, band_.seqlen_q));
-    const int first = keys.begin / Config::kKeys;
-    const int64_t block = call_.query_blocks.cu_seqlens
-                              ? call_.query_blocks.first(batch_) + step.block
-                              : static_cast<int64_t>(batch_) * call_.p.heads * call_.query_blocks_per_head + step.block;
-    const int64_t slot = step.head * call_.query_blocks_per_head + block;
-    return {block_ - first, ceil_div(keys.end, Config::kKeys) - first, call_.turns + slot,
-            call_.dq_partial + slot * kPartialFloats<Config>};
+    const int first = keys.begin / Config::kKeys, visitors = ceil_div(keys.end, Config::kKeys) - first;
+    const int rank = last_first_ ? first + visitors - 1 - block_ : block_ - first;
+    return {rank, visitors, first_slot_ + static_cast<uint32_t>(step.head * call_.query_blocks_per_head + step.block)};
+  }
+  __device__ int* done(const Turn& turn) const { return call_.turns + turn.slot; }
+
+  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Turn& turn, int before) {
+    while (before < turn.rank) before = load_relaxed(done(turn));
+    float4* const partial =
+        reinterpret_cast<float4*>(call_.dq_partial + int64_t{turn.slot} * kPartialFloats<Config>) + threadIdx.x;
+    if (!turn.last()) {
+      // An addition is not performed before the branch that leads to it.
+      if (turn.rank > 0)
+        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { add_to_global(reinterpret_cast<float*>(sum), x); });
+      else
+        for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) { *sum = {x[0], x[1], x[2], x[3]}; });
+      return;
+    }
+    if (turn.rank > 0) {
+      load_acquire(done(turn));  // a load might be
+      for_each_sum(dq, partial, [](float4* sum, float (&x)[4]) {
+        const float4 others = __ldcg(sum);
+        x[0] += others.x, x[1] += others.y, x[2] += others.z, x[3] += others.w;
+      });
+    }
+    const QueryPlace place;
+    const int row = step.block * Config::kRows + place.row;
+    write_rows(dq, p_.dq, q_start_ + row, step.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
+               static_cast<float>(p_.softmax_scale));
   }
 
-  __device__ __forceinline__ void add_to_dq(QueryGradient& dq, const Step& step, const Visit& turn) {
-    const QueryPlace place;
-    const bool last = turn.rank == turn.visitors - 1;
-    float4* const partial = reinterpret_cast<float4*>(turn.partial) + threadIdx.x;
+  template <class F>
+  static __device__ __forceinline__ void for_each_sum(QueryGradient& dq, float4* partial, F&& f) {
 #pragma unroll
     for (int m = 0; m < QueryPlace::M; ++m)
 #pragma unroll
-      for (int n = 0; n < QueryPlace::N; ++n) {
-        float (&x)[4] = dq.x[m][n];
-        float4* const sum = partial + (m * QueryPlace::N + n) * Config::kThreads;
-        if (turn.rank == 0 && !last) {
-          *sum = {x[0], x[1], x[2], x[3]};
-        } else if (!last) {
-          add_to_global(reinterpret_cast<float*>(sum), x);
-        } else if (turn.rank > 0) {
-          const float4 before = __ldcg(sum);
-          x[0] += before.x, x[1] += before.y, x[2] += before.z, x[3] += before.w;
-        }
-      }
-    if (!last) return;
-    const int row = step.block * Config::kRows + place.row;
-    write_rows(dq, p_.dq, sequence_.q_start + row, step.head, band_.seqlen_q - row, place.col,
-               static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+      for (int n = 0; n < QueryPlace::N; ++n) f(partial + (m * QueryPlace::N + n) * Config::kThreads, dq.x[m][n]);
   }
 
-  // Lets the next visitor of the query block of the last step begin. All threads have added their share by then.
-  __device__ __forceinline__ void pass_turn() {
-    if (threadIdx.x == 0 && to_pass_) store_release(to_pass_, passed_ + 1);
-    to_pass_ = nullptr;
+  // Lets the next visitor of a query block begin. All warps have been at a barrier since they added their shares. The
+  // release takes as long as an eighth of a step: one warp after the other does it, while the others compute.
+  __device__ __forceinline__ void pass_turn(const Step& step) const {
+    if (warp_index() != step.number % Config::kWarps || lane_index() != 0) return;
+    const Turn turn = turn_of(step);
+    if (!turn.last()) store_release(done(turn), turn.rank + 1);
   }
 
   // ---- Results ------------------------------------------------------------------------------------------------------
 
   __device__ void write(const KeyGradient& x, const TensorView& view, int head_dim, float scale) const {
+    if (!KeyPlace::exists()) return;
     const KeyPlace place;
     const int row = key_begin() + place.row;
-    write_rows(x, view, sequence_.k_start + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
+    write_rows(x, view, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
   }
 
   // scale * x, an accumulator whose first element belongs to (row, col); `rows` of them exist.
@@ -295,44 +361,59 @@ class BackwardTask {
                                              int rows, int col, int cols, float scale) const {
     x.for_each_row([&](int m, int half) {
       const int r = x.row(m, half);
-      if (r >= rows) return;
       T* const to = row_ptr<T>(view, batch_, row + r, head);
+      if constexpr (kAligned && N % 2 == 0) {
+        // The quad of a row swaps what it holds, so that each lane has 16 bytes.
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+        for (int n = 0; n < N; n += 4) {
+          uint32_t words[4] = {};
+#pragma unroll
+          for (int i = 0; i < 4 && n + i < N; ++i)
+            words[i] = pack(x.at(m, half, n + i, 0) * scale, x.at(m, half, n + i, 1) * scale, T{});
+          const int c = col + 8 * (n + lane_index() % 4);
+          const uint4 chunk = quad_transpose(words);
+          if (r < rows && c < cols && n + lane_index() % 4 < N) *reinterpret_cast<uint4*>(to + c) = chunk;
+        }
+      } else {
+        if (r >= rows) return;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+          store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+      }
     });
   }
 
   const BackwardCall& call_;
   const BackwardProblem& p_;
   const int batch_, head_kv_, block_;
-  const Sequence sequence_;
+  const bool last_first_;        // key blocks were handed out from the last one on
+  const uint32_t first_slot_;    // of the sequence's query blocks
+  const int q_start_, k_start_;  // cu_seqlens are int32
   const cuda::DeviceBand band_;
-  const Memory memory_;
-  int first_rows_ = 0, last_rows_ = -1;  // query blocks that see any of the keys
-  int* to_pass_ = nullptr;               // the turn that this block has had and not passed on
-  int passed_ = 0;
+  Memory memory_;
+  int first_rows_ = 0, row_blocks_ = 0;  // query blocks that see any of the keys
   KeyGradient dk_, dv_;
 };
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, bool kGeneral, bool kAligned>
 __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
+  // In a place that nobody writes to before the first barrier of the walk.
   auto* const ticket =
-      reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kTicket);
+      reinterpret_cast<unsigned long long*>(dynamic_shared_memory() + BackwardMemory<T, Config>::kBuffers);
   if (threadIdx.x == 0) *ticket = atomicAdd(call.ticket, 1ull);
   __syncthreads();
-  const Tile tile = call.key_blocks[static_cast<uint32_t>(*ticket)];
+  const auto number = static_cast<uint32_t>(*ticket);
+  const Tile tile = call.key_blocks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
-  BackwardTask<T, Config, kGeneral>(call, tile, sequence).run();
+  BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.key_blocks.is_last_first(number), sequence).run();
 }
 
-// ---- Host
-// --------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Thread blocks that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the
-// queries in the second-level cache.
-constexpr int64_t kConcurrentBlocks = 128;
+// Warps that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the queries
+// in the second-level cache; so many heads go together that a key block's slot is free when its successors have begun.
+constexpr int64_t kConcurrentWarps = 1024;
 
 // The parts of the workspace.
 template <class Config>
@@ -375,7 +456,15 @@ struct BackwardSpace {
   }
 };
 
-template <class T, class Config>
+template <class T>
+bool all_whole_vectors(const BackwardProblem& p) {
+  bool whole = true;
+  for (const TensorView* t : {&p.q, &p.k, &p.dq, &p.dk}) whole &= whole_vectors<T>(*t, p.head_dim);
+  for (const TensorView* t : {&p.v, &p.dout, &p.dv}) whole &= whole_vectors<T>(*t, p.head_dim_v);
+  return whole;
+}
+
+template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
   BackwardProblem p = problem;
@@ -390,46 +479,68 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group_pairs(ceil_div(kConcurrentBlocks, std::max<int64_t>(1, schedule.blocks)));
+  schedule.group_pairs(ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
+  schedule.alternate = true;
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
                           schedule,
                           PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
-                          space.query_blocks,
+                          static_cast<int>(space.query_blocks),
                           reinterpret_cast<unsigned long long*>(space.counters),
                           space.counters + 2,
                           space.dq_partial,
-                          whole_vectors<T>(p.q, p.head_dim),
-                          whole_vectors<T>(p.k, p.head_dim),
-                          whole_vectors<T>(p.v, p.head_dim_v),
-                          whole_vectors<T>(p.dout, p.head_dim_v),
+                          all_whole_vectors<T>(p),
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
   const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
-  if (sizeof(T) == 2 && cuda::plain_scores(p))
-    cuda::launch("sm80 backward", backward_kernel<T, Config, sizeof(T) == 4>, grid, execution.stream, call);
-  else
-    cuda::launch("sm80 backward", backward_kernel<T, Config, true>, grid, execution.stream, call);
+  const auto launch = [&](auto kernel) { cuda::launch("sm80 backward", kernel, grid, execution.stream, call); };
+  if constexpr (!kGeneral)
+    if (call.whole_vectors) return launch(backward_kernel<T, Config, false, true>);
+  launch(backward_kernel<T, Config, kGeneral, false>);
+}
+
+// f(config, general) with the config for this call on this device, and std::bool_constant general.
+template <class T, class F>
+auto with_config(const BackwardProblem& p, F&& f) {
+  const auto choose = [&](auto large, auto small, auto general) {
+    constexpr size_t kLarge = BackwardMemory<T, decltype(large)>::kBytes;
+    if constexpr (kLarge > BackwardMemory<T, decltype(small)>::kBytes)
+      if (cuda::shared_memory_per_block() >= kLarge) return f(large, general);
+    return f(small, general);
+  };
+  if constexpr (sizeof(T) == 2)
+    if (cuda::plain_scores(p))
+      return choose(LargeBackwardConfig<T, FAE_HEAD_DIM>{}, BackwardConfig<T, FAE_HEAD_DIM>{}, std::false_type{});
+  return choose(LargeGeneralBackwardConfig<T, FAE_HEAD_DIM>{}, GeneralBackwardConfig<T, FAE_HEAD_DIM>{},
+                std::true_type{});
+}
+
+template <class T>
+size_t workspace_of(const BackwardProblem& p) {
+  return with_config<T>(p, [&](auto config, auto) { return BackwardSpace<decltype(config)>(p, nullptr).bytes; });
+}
+template <class T>
+void run(const BackwardProblem& p, const Execution& execution) {
+  with_config<T>(p, [&](auto config, auto general) { run_backward<T, decltype(config), general()>(p, execution); });
 }
 
 }  // namespace
 
 template <>
 size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
-  return p.dtype == DType::float32 ? BackwardSpace<BackwardConfig<float, FAE_HEAD_DIM>>(p, nullptr).bytes
-                                   : BackwardSpace<BackwardConfig<__half, FAE_HEAD_DIM>>(p, nullptr).bytes;
+  return p.dtype == DType::float32 ? workspace_of<float>(p) : workspace_of<__half>(p);
 }
 
 template <>
 void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
   switch (p.dtype) {
     case DType::bfloat16:
-      return run_backward<__nv_bfloat16, BackwardConfig<__nv_bfloat16, FAE_HEAD_DIM>>(p, execution);
+      return run<__nv_bfloat16>(p, execution);
     case DType::float16:
-      return run_backward<__half, BackwardConfig<__half, FAE_HEAD_DIM>>(p, execution);
+      return run<__half>(p, execution);
     case DType::float32:
-      return run_backward<float, BackwardConfig<float, FAE_HEAD_DIM>>(p, execution);
+      return run<float>(p, execution);
     case DType::float64:
       break;  // declined
   }

@@ -62,13 +62,12 @@ template <class T, class Config>
 struct BiasMemory {
   using Operands = ScoreOperands<T, Config>;
   static constexpr int kKeys = Operands::Keys::kBytes, kRows = Operands::Rows::kBytes;
-  static constexpr int kStats = 2 * kKeys + 2 * kRows;
+  static constexpr int kStatistics = 2 * kKeys + 2 * kRows;
   static constexpr int kSums = Config::kRows * Config::kKeys * static_cast<int>(sizeof(double));  // instead, at the end
-  static constexpr int kBytes = std::max(kStats + Config::kRows * 8, kSums);
+  static constexpr int kBytes = std::max(kStatistics + Config::kRows * 8, kSums);
 
   static __device__ Operands operands(uint32_t base) {
-    return {{base + 2 * kKeys}, {base + 2 * kKeys + kRows},       {base}, {base + kKeys},
-            base + kStats,      base + kStats + Config::kRows * 4};
+    return {{base + 2 * kKeys}, {base + 2 * kKeys + kRows}, {base}, {base + kKeys}, base + kStatistics};
   }
 };
 
@@ -87,12 +86,7 @@ __device__ void load_operands(const BiasCall<Config>& call, const ScoreOperands<
   copy(to.dout, p.dout, s.q_start + row, head, rows, p.head_dim_v, call.dout_whole_vectors);
   copy(to.k, p.k, s.k_start + key, head_kv, keys, p.head_dim, call.k_whole_vectors);
   copy(to.v, p.v, s.k_start + key, head_kv, keys, p.head_dim_v, call.v_whole_vectors);
-  if (const int i = static_cast<int>(threadIdx.x); i < Config::kRows) {
-    const bool valid = i < rows;
-    const int64_t from = s.q_start + row + (i < rows ? i : 0);
-    copy_4_bytes(to.lse + i * 4, stats_ptr<float>(p.lse, batch, from, head), valid);
-    copy_4_bytes(to.delta + i * 4, stats_ptr<float>(p.delta, batch, from, head), valid);
-  }
+  copy_statistics<Config>(to.statistics, p, batch, s.q_start + row, head, rows);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -118,7 +112,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto place = tiles.place(tile, p.dbias);
   const auto operands = BiasMemory<T, Config>::operands(shared_offset(dynamic_shared_memory()));
 
-  double sum[Warps::M][2][Warps::N][2] = {};
+  using Scores = typename Recompute::Scores;
+  double sum[Scores::kRowPieces][2][Scores::kColPieces][2] = {};
   const int64_t end = (split + 1) * tiles.blocks() / tiles.splits;
   for (int64_t i = split * tiles.blocks() / tiles.splits; i < end; ++i) {
     const int64_t rest = i / tiles.col_blocks / tiles.row_blocks;
@@ -133,10 +128,10 @@ __global__ void __launch_bounds__(Config::kThreads)
 
     load_operands<T, Config>(call, operands, batch, head, s, row, key);
     if (!Warps::exists()) continue;
-    typename Recompute::Scores prob, ds;
-    Recompute(p, batch, head, band, call.precision)(operands, row, key, prob, ds,
+    Scores prob, ds;
+    Recompute(p, batch, head, band, call.precision)(operands, row, key, 0, prob, ds,
                                                     [&](int m, int half, int n, int e, float x) {
-                                                      if (row + Warps().row + prob.row(m, half) < band.seqlen_q)
+                                                      if (row + Warps().col + prob.row(m, half) < band.seqlen_q)
                                                         sum[m][half][n][e] += x;
                                                     });
   }
@@ -145,8 +140,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   __syncthreads();
   auto* const sums = reinterpret_cast<double*>(dynamic_shared_memory());
   if (Warps::exists())
-    Recompute::Scores::for_each([&](int m, int half, int n, int e) {
-      const int row = Warps().row + Recompute::Scores::row(m, half), col = Warps().col + Recompute::Scores::col(n, e);
+    Scores::for_each([&](int m, int half, int n, int e) {
+      const int row = Warps().col + Scores::row(m, half), col = Warps().row + Scores::col(n, e);
       sums[row * Config::kKeys + col] = sum[m][half][n][e];
     });
   __syncthreads();
@@ -177,7 +172,7 @@ __global__ void __launch_bounds__(256) bias_gradient_sum_kernel(const __grid_con
 }
 
 template <class T>
-using Config = BackwardConfig<T, FAE_HEAD_DIM>;
+using Config = GeneralBackwardConfig<T, FAE_HEAD_DIM>;
 
 template <class T>
 void run(const BackwardProblem& p, void* workspace, void* stream) {

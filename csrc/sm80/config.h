@@ -50,39 +50,89 @@ using GeneralForwardConfig =
     std::conditional_t<kHeadDim == 64 && sizeof(T) == 2, ForwardTile<128, 32, 4, 64>, ForwardConfig<T, kHeadDim>>;
 
 // Backward: a thread block keeps kKeys keys and walks blocks of kRows query rows. Its warps share each product in a
-// grid of their own: k*RowWarps of them along the rows of the result, the others along its columns.
-template <int kRows_, int kKeys_, int kDim_, int kStages_, int kScoreRowWarps_, int kScoreColWarps_, int kKeyRowWarps_,
-          int kQueryRowWarps_>
+// grid of their own: k*Warps of them along the rows of the result, the others along its columns.
+template <int kRows_, int kKeys_, int kDim_, int kWarps_, int kStages_, bool kLag_, int kScoreKeyWarps_,
+          int kScoreRowWarps_, int kKeyRowWarps_, int kQueryRowWarps_, int kSubRows_ = kRows_>
 struct BackwardTile {
-  static constexpr int kRows = kRows_, kKeys = kKeys_, kDim = kDim_, kStages = kStages_;
-  static constexpr int kWarps = 8, kThreads = kWarps * cuda::kWarpThreads;
-  static constexpr int kScoreRowWarps = kScoreRowWarps_, kScoreColWarps = kScoreColWarps_;  // S, dP: rows x keys
+  static constexpr int kRows = kRows_, kKeys = kKeys_, kDim = kDim_;
+  static constexpr int kSubRows = kSubRows_;     // of which scores are computed at a time
+  static constexpr int kStages = kStages_;       // blocks of Q and dO in shared memory
+  static constexpr bool kLag = kLag_;            // a query block is finished while the next one is computed
+  static constexpr int kBuffers = kLag ? 2 : 1;  // of what passes from warp to warp
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * cuda::kWarpThreads;
+  static constexpr int kScoreKeyWarps = kScoreKeyWarps_, kScoreRowWarps = kScoreRowWarps_;  // S^T, dP^T: keys x rows
   static constexpr int kKeyRowWarps = kKeyRowWarps_;                                        // dK, dV: keys x dim
   static constexpr int kQueryRowWarps = kQueryRowWarps_;                                    // dQ: rows x dim
+  // A warp has all rows of its keys: P and dS are operands of dV and dK in the registers that they are computed in.
+  static constexpr bool kInRegisters = kScoreRowWarps == 1 && kScoreKeyWarps == kWarps && kKeyRowWarps == kWarps;
+  static_assert(!kLag || kStages >= (kInRegisters ? 2 : 3));
 };
 
+// For 99 KB of shared memory (8.6, 8.9, 12.0). Per query block that a thread block visits, dQ goes through the
+// second-level cache: the more keys, the better; 255 registers a thread hold dK and dV of 128 keys up to 128 columns.
 template <class T, int kHeadDim>
 struct BackwardConfig;
 template <class T>
-struct BackwardConfig<T, 64> : BackwardTile<64, 128, 64, 2, 2, 4, 4, 4> {};
+struct BackwardConfig<T, 64> : BackwardTile<64, 128, 64, 4, 2, false, 4, 1, 4, 2, 32> {};
 template <class T>
-struct BackwardConfig<T, 128> : BackwardTile<64, 64, 128, 1, 2, 4, 2, 2> {};
+struct BackwardConfig<T, 128> : BackwardTile<64, 64, 128, 4, 1, false, 2, 2, 2, 2> {};
 template <class T>
-struct BackwardConfig<T, 192> : BackwardTile<32, 64, 192, 1, 2, 4, 4, 2> {};
+struct BackwardConfig<T, 192> : BackwardTile<32, 64, 192, 8, 1, false, 4, 2, 4, 2> {};
 template <class T>
-struct BackwardConfig<T, 256> : BackwardTile<32, 32, 256, 1, 2, 2, 2, 2> {};
+struct BackwardConfig<T, 256> : BackwardTile<32, 32, 256, 8, 1, false, 2, 2, 2, 2> {};
 template <class T>
-struct BackwardConfig<T, 512> : BackwardTile<16, 16, 512, 1, 1, 1, 1, 1> {};
+struct BackwardConfig<T, 512> : BackwardTile<16, 16, 512, 8, 1, false, 1, 1, 1, 1> {};
+template <>
+struct BackwardConfig<float, 64> : BackwardTile<64, 64, 64, 8, 1, false, 4, 2, 4, 4> {};
+template <>
+struct BackwardConfig<float, 128> : BackwardTile<32, 32, 128, 8, 1, false, 2, 2, 2, 2> {};
+template <>
+struct BackwardConfig<float, 192> : BackwardTile<16, 32, 192, 8, 1, false, 2, 1, 2, 1> {};
+template <>
+struct BackwardConfig<float, 256> : BackwardTile<16, 16, 256, 8, 1, false, 1, 1, 1, 1> {};
 
+// For 227 KB (9.0, 10.0). At 64 columns two thread blocks run on a multiprocessor.
+template <class T, int kHeadDim>
+struct LargeBackwardConfig : BackwardConfig<T, kHeadDim> {};
+template <class T>
+struct LargeBackwardConfig<T, 64> : BackwardTile<64, 128, 64, 4, 2, true, 4, 1, 4, 2, 32> {};
+template <class T>
+struct LargeBackwardConfig<T, 128> : BackwardTile<64, 128, 128, 8, 3, true, 4, 2, 2, 2> {};
+template <class T>
+struct LargeBackwardConfig<T, 192> : BackwardTile<64, 64, 192, 8, 3, true, 4, 2, 2, 2> {};
+template <class T>
+struct LargeBackwardConfig<T, 256> : BackwardTile<64, 64, 256, 8, 2, false, 4, 2, 2, 2> {};
 template <>
-struct BackwardConfig<float, 64> : BackwardTile<64, 64, 64, 1, 2, 4, 4, 4> {};
+struct LargeBackwardConfig<float, 64> : BackwardTile<64, 128, 64, 8, 2, false, 4, 2, 4, 4> {};
 template <>
-struct BackwardConfig<float, 128> : BackwardTile<32, 32, 128, 1, 2, 2, 2, 2> {};
+struct LargeBackwardConfig<float, 128> : BackwardTile<64, 64, 128, 8, 2, false, 4, 2, 2, 2> {};
 template <>
-struct BackwardConfig<float, 192> : BackwardTile<16, 32, 192, 1, 1, 2, 2, 1> {};
+struct LargeBackwardConfig<float, 192> : BackwardTile<32, 64, 192, 8, 1, false, 4, 2, 2, 2> {};
 template <>
-struct BackwardConfig<float, 256> : BackwardTile<16, 16, 256, 1, 1, 1, 1, 1> {};
+struct LargeBackwardConfig<float, 256> : BackwardTile<32, 32, 256, 8, 1, false, 2, 2, 2, 2> {};
+
+// Score terms and unaligned tensors need registers of their own: more warps share a block. These are also the blocks of
+// the gradient of a bias that broadcasts.
+template <class T, int kHeadDim>
+struct GeneralBackwardConfig : BackwardConfig<T, kHeadDim> {};
+template <class T>
+struct GeneralBackwardConfig<T, 64> : BackwardTile<64, 128, 64, 8, 1, false, 4, 2, 4, 4> {};
+template <class T>
+struct GeneralBackwardConfig<T, 128> : BackwardTile<64, 64, 128, 8, 1, false, 4, 2, 2, 2> {};
 template <>
-struct BackwardConfig<float, 512> : BackwardTile<16, 16, 512, 1, 1, 1, 1, 1> {};
+struct GeneralBackwardConfig<float, 64> : BackwardConfig<float, 64> {};
+template <>
+struct GeneralBackwardConfig<float, 128> : BackwardConfig<float, 128> {};
+
+template <class T, int kHeadDim>
+struct LargeGeneralBackwardConfig : LargeBackwardConfig<T, kHeadDim> {};
+template <class T>
+struct LargeGeneralBackwardConfig<T, 64> : BackwardTile<64, 128, 64, 8, 3, true, 4, 2, 4, 4> {};
+template <class T>
+struct LargeGeneralBackwardConfig<T, 128> : BackwardTile<64, 64, 128, 8, 3, true, 4, 2, 2, 2> {};
+template <>
+struct LargeGeneralBackwardConfig<float, 64> : LargeBackwardConfig<float, 64> {};
+template <>
+struct LargeGeneralBackwardConfig<float, 128> : LargeBackwardConfig<float, 128> {};
 
 }  // namespace fae::sm80

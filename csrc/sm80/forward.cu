@@ -174,7 +174,8 @@ class ForwardTask {
     // O += P V
     multiply<Config::kKeys / kStepDepth<T>>(
         output_, [&](int m, int step) { return as_left_operand<T>(s, m, step); },
-        TransposedOperand<typename Memory::V, Side::right, RowOrder::pairs>(memory_.v(stage)), call_.precision);
+        TransposedOperand<typename Memory::V, Side::right, Config::kDimV / 16, RowOrder::pairs>(memory_.v(stage)),
+        call_.precision);
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s, int stage) const {

@@ -21,10 +21,12 @@ struct WarpPlace {
   }
 };
 
+// S^T and dP^T: keys by rows, so that a warp has P^T and dS^T as left operands of dV and dK in its registers. The rows
+// of a block are gone through kSubRows at a time.
 template <class Config>
-using ScoreWarps = WarpPlace<Config, Config::kRows, Config::kKeys, Config::kScoreRowWarps, Config::kScoreColWarps>;
+using ScoreWarps = WarpPlace<Config, Config::kKeys, Config::kSubRows, Config::kScoreKeyWarps, Config::kScoreRowWarps>;
 
-// What a block of scores is computed from, the statistics as arrays of kRows floats.
+// What a block of scores is computed from. `statistics` is an array of {lse, delta}, one of each row.
 template <class T, class Config>
 struct ScoreOperands {
   using Keys = SharedTile<T, Config::kKeys, Config::kDim>;
@@ -32,8 +34,20 @@ struct ScoreOperands {
 
   Rows q, dout;
   Keys k, v;
-  uint32_t lse, delta;
+  uint32_t statistics;
 };
+
+// Starts the copies of lse and delta of the rows of a block, of which the first `rows` exist.
+template <class Config>
+__device__ __forceinline__ void copy_statistics(uint32_t to, const BackwardProblem& p, int batch, int64_t row, int head,
+                                                int rows) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= Config::kRows) return;
+  const bool valid = i < rows;
+  const int from = valid ? i : 0;
+  copy_4_bytes(to + i * 8, stats_ptr<float>(p.lse, batch, row + from, head), valid);
+  copy_4_bytes(to + i * 8 + 4, stats_ptr<float>(p.delta, batch, row + from, head), valid);
+}
 
 template <class T, class Config, bool kGeneral>
 class Recompute {
@@ -41,20 +55,21 @@ class Recompute {
   using Operands = ScoreOperands<T, Config>;
 
  public:
-  using Scores = Accumulator<Warps::M, Warps::N>;
+  using Scores = cuda::TransposedAccumulator<Warps::N, Warps::M>;
 
   __device__ Recompute(const BackwardProblem& p, int batch, int head, const cuda::DeviceBand& band, Precision precision)
       : p_(p), band_(band), terms_(p, batch, head, band), precision_(precision) {}
 
-  // Of the warp's part of the block whose first row and key are given: P after dropout, as dV needs it, and dS, the
-  // gradient of scale * q.k. on_bias_gradient(m, half, n, e, x) gets the gradient of what is added to the scores.
+  // Of the warp's part of the rows from sub_row on of the block whose first row and key are given: P after dropout, as
+  // dV needs it, and dS, the gradient of scale * q.k. on_bias_gradient(m, half, n, e, x) gets the gradient of what is
+  // added to the scores.
   template <class F>
-  __device__ __forceinline__ void operator()(const Operands& operands, int first_row, int first_key, Scores& prob,
-                                             Scores& ds, F&& on_bias_gradient) const {
+  __device__ __forceinline__ void operator()(const Operands& operands, int first_row, int first_key, int sub_row,
+                                             Scores& prob, Scores& ds, F&& on_bias_gradient) const {
     const Warps warp;
-    const int row = first_row + warp.row, key = first_key + warp.col;
-    multiply_rows(operands.q, operands.k, warp, prob);
-    multiply_rows(operands.dout, operands.v, warp, ds);
+    const int tile_row = sub_row + warp.col, row = first_row + tile_row, key = first_key + warp.row;
+    multiply_keys(operands.k, operands.q, warp, tile_row, prob);
+    multiply_keys(operands.v, operands.dout, warp, tile_row, ds);
 
     const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
     [[maybe_unused]] Scores cap_gradient;
@@ -62,54 +77,59 @@ class Recompute {
       cap_gradient.fill(1);
       terms_.apply(prob, row, key, [&](int m, int half, int n, int e, float x) { cap_gradient.at(m, half, n, e) = x; });
     }
-    const auto every = band_.every(row, min(row + Warps::M * 16, band_.seqlen_q));
-    if (every.begin > key || every.end < key + Warps::N * 8) cuda::mask_band(prob, band_, row, key);
+    const auto every = band_.every(row, min(row + Warps::N * 8, band_.seqlen_q));
+    if (every.begin > key || every.end < key + Warps::M * 16) cuda::mask_band(prob, band_, row, key);
 
-    float delta[Warps::M][2];
-    prob.for_each_row([&](int m, int half) {
-      const int offset = (warp.row + prob.row(m, half)) * 4;
-      const float lse = finite_max(__uint_as_float(load_shared(operands.lse + offset)));
-      delta[m][half] = __uint_as_float(load_shared(operands.delta + offset));
-#pragma unroll
-      for (int n = 0; n < Warps::N; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is
-          // needed.
-          float& x = prob.at(m, half, n, e);
-          const float log2_p = kGeneral ? (x - lse) * cuda::kLog2e : fmaf(x, scale_log2, -lse * cuda::kLog2e);
-          x = exp2_approx(fminf(log2_p, 0.0f));
-        }
-    });
-
-    const auto finish = [&](int m, int half, int n, int e, float kept) {
+    const auto finish = [&](int m, int half, int n, int e, float kept, float delta) {
       float &x = prob.at(m, half, n, e), &dx = ds.at(m, half, n, e);
-      dx = x * (dx * kept - delta[m][half]);
+      dx = x * (dx * kept - delta);
       x *= kept;
       if constexpr (kGeneral) {
         on_bias_gradient(m, half, n, e, dx);
         dx *= cap_gradient.at(m, half, n, e);
       }
     };
-    if (kGeneral && p_.dropout_p > 0) {
+    const bool drops = kGeneral && p_.dropout_p > 0;
+    float deltas[Warps::N][2];
+#pragma unroll
+    for (int m = 0; m < Warps::N; ++m) {
+      const uint4 of_rows = load_shared_16_bytes(operands.statistics + (tile_row + prob.row(m, 0)) * 8);
+      const float lses[2] = {__uint_as_float(of_rows.x), __uint_as_float(of_rows.z)};
+      deltas[m][0] = __uint_as_float(of_rows.y), deltas[m][1] = __uint_as_float(of_rows.w);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float lse = finite_max(lses[half]);
+#pragma unroll
+        for (int n = 0; n < Warps::M; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is
+            // needed.
+            float& x = prob.at(m, half, n, e);
+            const float log2_p = kGeneral ? (x - lse) * cuda::kLog2e : fmaf(x, scale_log2, -lse * cuda::kLog2e);
+            x = exp2_approx(fminf(log2_p, 0.0f));
+            if (!drops) finish(m, half, n, e, 1.0f, deltas[m][half]);
+          }
+      }
+    }
+    if (drops) {
       const float scale = static_cast<float>(dropout_scale(p_.dropout_p));
-      terms_.dropout(prob, row, key,
-                     [&](int m, int half, int n, int e, bool kept) { finish(m, half, n, e, kept ? scale : 0.0f); });
-    } else {
-      prob.for_each([&](int m, int half, int n, int e) { finish(m, half, n, e, 1.0f); });
+      terms_.dropout(prob, row, key, [&](int m, int half, int n, int e, bool kept) {
+        finish(m, half, n, e, kept ? scale : 0.0f, deltas[m][half]);
+      });
     }
   }
 
  private:
-  // c = rows keys^T
-  __device__ __forceinline__ void multiply_rows(const typename Operands::Rows& rows,
-                                                const typename Operands::Keys& keys, const Warps& warp,
+  // c^T = keys rows^T
+  __device__ __forceinline__ void multiply_keys(const typename Operands::Keys& keys,
+                                                const typename Operands::Rows& rows, const Warps& warp, int tile_row,
                                                 Scores& c) const {
     c.fill(0);
-    const StraightOperand<typename Operands::Rows, Side::left> left(rows, warp.row);
+    const StraightOperand<typename Operands::Keys, Side::left> left(keys, warp.row);
     multiply<Config::kDim / kStepDepth<T>>(
-        c, [&](int m, int k) { return left.left(m, k); },
-        StraightOperand<typename Operands::Keys, Side::right>(keys, warp.col), precision_);
+        c.transpose, [&](int m, int k) { return left.left(m, k); },
+        StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
   }
 
   const BackwardProblem& p_;

@@ -178,22 +178,24 @@ class StraightOperand {
   uint32_t lane_;
 };
 
-// Columns of a tile, from col0 on (a multiple of 16), as an operand that is stored the other way round: a left operand
-// [k][m] or a right operand [k][n].
-template <class Tile, Side kSide, RowOrder kOrder = RowOrder::natural>
+// kPieces x 16 columns of a tile, from col0 on (a multiple of their number), as an operand that is stored the other way
+// round: a left operand [k][m] or a right operand [k][n].
+template <class Tile, Side kSide, int kPieces, RowOrder kOrder = RowOrder::natural>
 class TransposedOperand {
  public:
   using T = typename Tile::Element;
 
-  __device__ __forceinline__ explicit TransposedOperand(const Tile& tile, int col0 = 0) : first_(col0 / 16) {
+  __device__ __forceinline__ explicit TransposedOperand(const Tile& tile, int col0 = 0)
+      : first_(kAligned ? 0 : col0 / 16) {
+    const int col = kAligned ? col0 : 0;
     if constexpr (kWide) {
-      const int t = lane_index() % 4, column = lane_index() / 4;
+      const int t = lane_index() % 4, column = col + lane_index() / 4;
       const bool pairs = kOrder == RowOrder::pairs;
       lane_[0] = tile.address(pairs ? 2 * t : t, column);
       lane_[1] = tile.address(pairs ? 2 * t + 1 : t + 4, column);
     } else {
       const MatrixOrder order(kSide == Side::right);
-      lane_[0] = tile.address(order.row, 0) ^ (order.chunk * 16);
+      lane_[0] = tile.address(order.row, col) ^ (order.chunk * 16);
     }
   }
 
@@ -213,6 +215,8 @@ class TransposedOperand {
 
  private:
   static constexpr bool kWide = sizeof(T) == 4;  // ldmatrix transposes 16-bit elements only
+  // Pieces fill 128 bytes or divide them: a step along the row is an exclusive or with what the lane has.
+  static constexpr bool kAligned = (kPieces & (kPieces - 1)) == 0;
 
   // kStepDepth rows by 16 columns.
   __device__ __forceinline__ void load(int step, int columns, uint32_t (&x)[4]) const {
@@ -233,6 +237,35 @@ class TransposedOperand {
 
   uint32_t lane_[kWide ? 2 : 1];
   int first_;
+};
+
+// Where a warp's pairs of neighbouring elements go, of an accumulator with kPieces x 8 columns whose first element
+// belongs to (row0, col0) of a tile; col0 is a multiple of the columns, row0 one of 8.
+template <class Tile, int kPieces>
+class PairStore {
+  using T = typename Tile::Element;
+  static constexpr int kPieceBytes = 8 * sizeof(T);
+  static_assert((kPieces & (kPieces - 1)) == 0);
+
+ public:
+  __device__ __forceinline__ PairStore(const Tile& tile, int row0, int col0)
+      : lane_(tile.address(row0 + lane_index() / 4, col0 + lane_index() % 4 * 2)) {}
+
+  // The pair of columns piece n, in the eight rows number `rows`.
+  __device__ __forceinline__ void store(int rows, int n, float x, float y) const {
+    const int byte = n * kPieceBytes;
+    const uint32_t address = (lane_ ^ (byte % cuda::kSwizzleBytes)) +
+                             (byte / cuda::kSwizzleBytes * Tile::kRows + rows * 8) * cuda::kSwizzleBytes;
+    if constexpr (std::is_same_v<T, float>) {
+      store_shared(address, __float_as_uint(x));
+      store_shared(address + 4, __float_as_uint(y));
+    } else {
+      store_shared(address, pack(x, y, T{}));
+    }
+  }
+
+ private:
+  uint32_t lane_;
 };
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -363,6 +396,19 @@ template <class T>
 __device__ __forceinline__ void store_pair(T* row, int col, int cols, float x, float y) {
   if (col < cols) row[col] = T(x);
   if (col + 1 < cols) row[col + 1] = T(y);
+}
+
+// Lane t of a quad gets word t of each of its lanes.
+__device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4]) {
+  const bool odd = lane_index() % 2 != 0, upper = lane_index() / 2 % 2 != 0;
+  // Neighbours swap, so that each has words of one parity: of lanes 2i and 2i + 1, words `odd` and `odd` + 2.
+  const uint32_t near0 = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
+  const uint32_t near1 = __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+  const uint32_t low[2] = {odd ? near0 : x[0], odd ? x[1] : near0}, high[2] = {odd ? near1 : x[2], odd ? x[3] : near1};
+  uint32_t far[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) far[i] = __shfl_xor_sync(0xffffffffu, upper ? low[i] : high[i], 2);
+  return upper ? uint4{far[0], far[1], high[0], high[1]} : uint4{low[0], low[1], far[0], far[1]};
 }
 
 // 16 bytes to global memory, or the first `count` elements of them. kWholeVectors: all of them, and aligned.
