@@ -21,12 +21,6 @@ struct ForwardCall {
   Precision precision;
 };
 
-// Sums of P stay below this while maxima are those of earlier blocks: P and O keep within their types' range.
-template <class T>
-constexpr float kSumLimit = 0x1p60f;
-template <>
-constexpr float kSumLimit<__half> = 0x1p15f;
-
 template <class T, class Config>
 struct ForwardMemory {
   using Q = SharedTile<T, Config::kRows, Config::kDim>;
@@ -150,19 +144,24 @@ class ForwardTask {
   template <bool kEdge>
   __device__ __forceinline__ void attend(int row, int key, int stage) {
     const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
-    const auto exp2 = [](float x) { return exp2_approx(x); };
     const cuda::ScoreTerms terms(p_, batch_, head_, band_);
 
     // S = Q K^T, P = exp(S - m)
     Scores s;
     multiply_keys(s, stage);
+    const auto follow = [&](const auto& keep) {
+      const auto factors = cuda::follow_maximum<kGeneral>(states_, s, scale_log2, keep, exp2_approx);
+      if (factors.any_moved()) cuda::rescale(output_, factors);
+    };
     if constexpr (kGeneral || kEdge) {
       if constexpr (kGeneral) terms.apply(s, row, key, [](int, int, int, int, float) {});
       if (!blocks_.is_full(key / Config::kKeys)) cuda::mask_band(s, band_, row, key);
-      cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, exp2);
-    } else if (!cuda::exponentiate_settled(states_, s, scale_log2, kSumLimit<T>, exp2)) {
-      multiply_keys(s, stage);
-      cuda::update_softmax<kGeneral>(states_, s, output_, scale_log2, exp2);
+      follow(cuda::RowFlags<M>());
+    } else {
+      cuda::keep_maximum(states_, s, scale_log2, exp2_approx, [&](const auto& keep) {
+        multiply_keys(s, stage);
+        follow(keep);
+      });
     }
     if constexpr (kGeneral) {
       if (p_.dropout_p > 0)

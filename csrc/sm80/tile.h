@@ -51,7 +51,7 @@ struct Factor {
   }
 };
 
-// Of a float a tensor core ignores the last 13 bits.
+// The last 13 bits of a float do not fit a tf32 number.
 constexpr uint32_t kIgnoredBits = 0x1fff, kHalfIgnored = 0x1000;
 
 // A float is the sum of two tf32 numbers up to 2^-22 of it: one with its first bits, which also keeps what is infinite
@@ -64,7 +64,8 @@ struct Factor<float, Precision::full, kSize> {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       high[i] = fragment[i] & ~kIgnoredBits;
-      low[i] = __float_as_uint(__uint_as_float(fragment[i]) - __uint_as_float(high[i])) + kHalfIgnored;
+      low[i] =
+          (__float_as_uint(__uint_as_float(fragment[i]) - __uint_as_float(high[i])) + kHalfIgnored) & ~kIgnoredBits;
     }
   }
 };
@@ -76,7 +77,7 @@ struct Factor<float, Precision::tf32, kSize> {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float value = __uint_as_float(fragment[i]);
-      x[i] = value == value ? fragment[i] + kHalfIgnored : fragment[i];
+      x[i] = value == value ? (fragment[i] + kHalfIgnored) & ~kIgnoredBits : fragment[i];
     }
   }
 };

@@ -1,7 +1,7 @@
 #include "../cuda/launch.h"
+#include "../cuda/online_softmax.h"
 #include "kernels.h"
 #include "movers.h"
-#include "softmax.h"
 
 // Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
 // rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the
@@ -114,15 +114,15 @@ class Computer {
     wait_products<1>();
     fence_registers(scores_.x[0]);
 
-    RowFactors factors;
+    cuda::RowFactors<1> factors;
     bool moved = true;
     if constexpr (kEdge || kGeneral) {
       release(k_);
       factors = follow(block, kEdge);
     } else {
-      moved = keep_maximum(states_, scores_, scale_log2_, [&](const RowFlags& keep) {
+      moved = cuda::keep_maximum(states_, scores_, scale_log2_, sm80::exp2_approx, [&](const auto& keep) {
         multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        factors = follow_maximum<false>(states_, scores_, scale_log2_, keep);
+        factors = cuda::follow_maximum<false>(states_, scores_, scale_log2_, keep, sm80::exp2_approx);
       });
       release(k_);
     }
@@ -132,7 +132,7 @@ class Computer {
     fence_registers(output_.x[0]);
     release(v_);
     pack_p(block);
-    if (kEdge || kGeneral ? factors.any_moved() : moved) rescale(output_, factors);
+    if (kEdge || kGeneral ? factors.any_moved() : moved) cuda::rescale(output_, factors);
   }
 
   // O += P V of the last block.
@@ -151,7 +151,7 @@ class Computer {
     start_transposed(output_, p_fragments_, memory_.v(v_.stage()));
   }
 
-  __device__ __forceinline__ RowFactors follow(int block, bool edge) {
+  __device__ __forceinline__ cuda::RowFactors<1> follow(int block, bool edge) {
     if (kGeneral || edge) {
       const Work tile = work();
       const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
@@ -160,7 +160,7 @@ class Computer {
             .apply(scores_, row, key, [](int, int, int, int, float) {});
       if (edge) cuda::mask_band(scores_, tile.band(), row, key);
     }
-    return follow_maximum<kGeneral>(states_, scores_, scale_log2_, {});
+    return cuda::follow_maximum<kGeneral>(states_, scores_, scale_log2_, {}, sm80::exp2_approx);
   }
 
   __device__ __forceinline__ void pack_p(int block) {
