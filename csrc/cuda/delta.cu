@@ -41,22 +41,30 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
   return static_cast<uint64_t>(a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
-template <class T, int kChunk>
+// A lane's part of a dot product, in the same order whether or not rows are read 16 bytes at a time.
+template <class T, bool kWholeVectors>
 __device__ __forceinline__ float dot(const T* x, const T* y, int64_t size) {
+  constexpr int kChunk = kPackSize<T>;
   float sum = 0;
 #pragma unroll 2
   for (int64_t d = threadIdx.x % kRowLanes * kChunk; d < size; d += kRowLanes * kChunk) {
     float a[kChunk], b[kChunk];
-    load<kChunk>(x + d, a);
-    load<kChunk>(y + d, b);
+    if constexpr (kWholeVectors) {
+      load<kChunk>(x + d, a);
+      load<kChunk>(y + d, b);
+    }
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum += a[i] * b[i];
+    for (int i = 0; i < kChunk; ++i) {
+      if (kWholeVectors)
+        sum += a[i] * b[i];
+      else if (d + i < size)
+        sum += as_float(x[d + i]) * as_float(y[d + i]);
+    }
   }
   return sum;
 }
 
-// kChunk: elements that are read at once.
-template <class T, int kChunk>
+template <class T, bool kWholeVectors>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ BackwardPreparation a) {
   const BackwardProblem& p = a.p;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -76,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     const int64_t head = i - number * p.heads, row = number - batch * rows;
     float sum = 0;
     if (i < count)
-      sum = dot<T, kChunk>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head), p.head_dim_v);
+      sum = dot<T, kWholeVectors>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head),
+                                  p.head_dim_v);
     sum = sum_over_lanes<kRowLanes>(sum);
     if (i >= count) continue;
     if (threadIdx.x % kRowLanes == 0) {
@@ -129,9 +138,9 @@ void prepare_backward(BackwardPreparation preparation, const Execution& executio
     const auto whole = [](const TensorView& t) {
       return aligned(t.data, sizeof(T), t.stride_batch, t.stride_row, t.stride_head);
     };
-    const bool chunks = p.head_dim_v % kPackSize<T> == 0 && whole(p.out) && whole(p.dout);
-    launch("backward preparation", chunks ? prepare_kernel<T, kPackSize<T>> : prepare_kernel<T, 1>, grid,
-           execution.stream, preparation);
+    const bool vectors = p.head_dim_v % kPackSize<T> == 0 && whole(p.out) && whole(p.dout);
+    launch("backward preparation", vectors ? prepare_kernel<T, true> : prepare_kernel<T, false>, grid, execution.stream,
+           preparation);
   };
   if (p.dtype == DType::float32)
     run(float{});
