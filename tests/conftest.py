@@ -101,9 +101,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         sizes = {"batch": 1, "seqlen_q": 9, "seqlen_k": 9, "heads": 1, "heads_kv": 1, "head_dim": 64, "head_dim_v": 64}
         if not any(entry["accepted"] for entry in _C.explain(device="cuda", dtype="float16", **sizes)):
             pytest.skip("this build has no attention kernels for CUDA")
-        _C.set_backends(["sm80"] if request.node.get_closest_marker("one_kernel") else [])
+        chosen = [name for name in os.environ.get("FAE_BACKENDS", "").split(",") if name]
+        _C.set_backends(["sm80"] if request.node.get_closest_marker("one_kernel") else chosen)
         yield "cuda"
-        _C.set_backends([])
+        _C.set_backends(chosen)
     elif request.param in EMULATED:
         _C.set_backends(EMULATED[request.param])
         yield "cpu"

@@ -21,7 +21,7 @@ LIBRARY = PACKAGE / "libflash_attn_ext.so"
 CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
 MAX_COMPILE_SECONDS = 120.0  # beside another compiler, on a machine of two cores
-MOST_SPILLS = 96  # instructions
+MOST_SPILLS, MOST_SPILLS_OF_PLAIN = 96, 8  # instructions of a loop of hundreds or thousands
 # Tiles of head dims that are compiled.
 HEAD_DIMS = {"sm80": (64, 128, 192, 256, 512), "sm90": (64, 128, 192, 256)}
 
@@ -107,7 +107,7 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention in 16 bits up to head dim 128 keeps everything in registers while it multiplies.
 
-    Score terms, float32 and larger head dims have more values than there are registers: what they spill beside
+    Loops for blocks of which something is hidden have a few values more. Score terms, float32 and larger head dims have more values than there are registers: what they spill beside
     thousands of instructions of a block of keys is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
@@ -120,9 +120,10 @@ def test_main_loops_do_not_spill() -> None:
         name = output("c++filt", mangled)
         kernel = re.search(r"(?:for|back)ward_kernel<(?:__half|__nv_bfloat16), .*?\b(64|128)\b.*>, false", name)
         plain += bool(kernel)
-        for loop in loops:
-            spills = sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop)
-            assert spills <= (0 if kernel else MOST_SPILLS), f"{name}: {spills} of {len(loop)} instructions"
+        spills = [sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop) for loop in loops]
+        assert max(spills) <= (MOST_SPILLS_OF_PLAIN if kernel else MOST_SPILLS), f"{name}: {spills} instructions"
+        if kernel:
+            assert min(spills) == 0, name
     assert plain
 
 
