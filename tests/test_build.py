@@ -105,10 +105,11 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 
 
 def test_main_loops_do_not_spill() -> None:
-    """Plain attention in 16 bits up to head dim 128 keeps everything in registers while it multiplies.
+    """Plain attention on aligned tensors, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    Loops for blocks of which something is hidden have a few values more. Score terms, float32 and larger head dims have more values than there are registers: what they spill beside
-    thousands of instructions of a block of keys is not to grow.
+    Loops for blocks of which something is hidden have a few values more. Score terms, float32, larger head dims and
+    unaligned tensors have more values than there are registers: what they spill beside thousands of instructions is not
+    to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.cuobjdump():
@@ -118,7 +119,7 @@ def test_main_loops_do_not_spill() -> None:
         if not (loops := list(sass.main_loops(instructions))):
             continue
         name = output("c++filt", mangled)
-        kernel = re.search(r"(?:for|back)ward_kernel<(?:__half|__nv_bfloat16), .*?\b(64|128)\b.*>, false", name)
+        kernel = re.search(r"(?:for|back)ward_kernel<(?:__half|__nv_bfloat16), .*?\b(64|128)\b.*>, false(, true)?>", name)
         plain += bool(kernel)
         spills = [sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop) for loop in loops]
         assert max(spills) <= (MOST_SPILLS_OF_PLAIN if kernel else MOST_SPILLS), f"{name}: {spills} instructions"

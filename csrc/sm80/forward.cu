@@ -274,7 +274,9 @@ void run_forward(const Problem& p, const Execution& execution) {
 
 template <class T>
 void run_forward(const Problem& p, const Execution& execution) {
-  if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
+  // Above 256 columns, time and size of the build matter more than speed.
+  if constexpr (FAE_HEAD_DIM <= 256)
+    if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
   run_forward<T, GeneralForwardConfig<T, FAE_HEAD_DIM>, true>(p, execution);
 }
 
