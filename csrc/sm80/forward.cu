@@ -143,12 +143,20 @@ class ForwardTask {
   // The warp's rows from `row` on against the keys from `key` on.
   template <bool kEdge>
   __device__ __forceinline__ void attend(int row, int key, int stage) {
-    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    // Of float scores, which are rounded no further, the largest is to give P = 1: they are scaled before m is
+    // subtracted.
+    const float scale_of_scores = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const float scale_log2 = sizeof(T) == 4 ? 1.0f : scale_of_scores;
     const cuda::ScoreTerms terms(p_, batch_, head_, band_);
 
     // S = Q K^T, P = exp(S - m)
     Scores s;
-    multiply_keys(s, stage);
+    const auto compute_scores = [&] {
+      multiply_keys(s, stage);
+      if constexpr (sizeof(T) == 4 && !kGeneral)
+        s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale_of_scores; });
+    };
+    compute_scores();
     const auto follow = [&](const auto& keep) {
       const auto factors = cuda::follow_maximum<kGeneral>(states_, s, scale_log2, keep, exp2_approx);
       if (factors.any_moved()) cuda::rescale(output_, factors);
@@ -159,7 +167,7 @@ class ForwardTask {
       follow(cuda::RowFlags<M>());
     } else {
       cuda::keep_maximum(states_, s, scale_log2, exp2_approx, [&](const auto& keep) {
-        multiply_keys(s, stage);
+        compute_scores();
         follow(keep);
       });
     }

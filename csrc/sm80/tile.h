@@ -51,11 +51,11 @@ struct Factor {
   }
 };
 
-// The last 13 bits of a float do not fit a tf32 number.
+// Of a float a tensor core ignores the last 13 bits.
 constexpr uint32_t kIgnoredBits = 0x1fff, kHalfIgnored = 0x1000;
 
-// A float is the sum of two tf32 numbers up to 2^-22 of it: one with its first bits, which also keeps what is infinite
-// or NaN, and the rest, rounded.
+// A float is the sum of two tf32 numbers up to 2^-23 of it: the nearest one, and what the tensor core makes of the
+// rest. What is infinite or NaN leaves NaN as the rest.
 template <int kSize>
 struct Factor<float, Precision::full, kSize> {
   uint32_t high[kSize], low[kSize];
@@ -63,9 +63,8 @@ struct Factor<float, Precision::full, kSize> {
   __device__ __forceinline__ explicit Factor(const uint32_t (&fragment)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      high[i] = fragment[i] & ~kIgnoredBits;
-      low[i] =
-          (__float_as_uint(__uint_as_float(fragment[i]) - __uint_as_float(high[i])) + kHalfIgnored) & ~kIgnoredBits;
+      high[i] = (fragment[i] + kHalfIgnored) & ~kIgnoredBits;
+      low[i] = __float_as_uint(__uint_as_float(fragment[i]) - __uint_as_float(high[i]));
     }
   }
 };
@@ -77,7 +76,7 @@ struct Factor<float, Precision::tf32, kSize> {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float value = __uint_as_float(fragment[i]);
-      x[i] = value == value ? (fragment[i] + kHalfIgnored) & ~kIgnoredBits : fragment[i];
+      x[i] = value == value ? fragment[i] + kHalfIgnored : fragment[i];
     }
   }
 };
