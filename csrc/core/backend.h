@@ -35,12 +35,12 @@ struct Backend {
 
   // Why this backend does not take the call, one entry per unmet constraint; empty: it does.
   std::vector<std::string> (*declines)(const Problem&) = nullptr;
+  std::vector<std::string> (*declines_backward)(const BackwardProblem&) = nullptr;
   // The kernels it would run, for explain(): name, instruction set and tile sizes.
   std::string (*describe)(const Problem&, bool backward) = nullptr;
 
   size_t (*forward_workspace)(const Problem&, int threads) = nullptr;
   void (*forward)(const Problem&, const Execution&) = nullptr;
-  // Null: the backend has no backward, and the next one takes it.
   size_t (*backward_workspace)(const BackwardProblem&, int threads) = nullptr;
   void (*backward)(const BackwardProblem&, const Execution&) = nullptr;
 };

@@ -22,6 +22,7 @@ const MatrixKernels* matrix_kernels(const Problem& p) {
 }
 
 std::vector<std::string> declines(const Problem&) { return {}; }
+std::vector<std::string> declines_backward(const BackwardProblem&) { return {}; }
 
 std::string describe(const Problem& p, bool backward) {
   const std::string name = backward ? "backward" : "forward";
@@ -62,7 +63,8 @@ const Kernels& kernels() {
 }
 
 const Backend& backend() {
-  static const Backend cpu{"cpu", false, declines, describe, forward_workspace, forward, backward_workspace, backward};
+  static const Backend cpu{"cpu",    false,   declines,           declines_backward, describe,
+                           forward_workspace, forward, backward_workspace, backward};
   return cpu;
 }
 

@@ -10,6 +10,13 @@
 namespace fae::cuda {
 namespace {
 
+struct Preparation {
+  BackwardProblem p;  // with delta of the workspace, and cu_seqlens as they were given
+  BackwardSpace space;
+  uint4* folded;
+  bool unseen_rows;  // whether there may be dense rows that see no key
+};
+
 constexpr int kThreads = 256;
 constexpr int kRowLanes = 8;  // threads of one row: 128 contiguous bytes of 64 16-bit elements
 
@@ -64,16 +71,38 @@ __device__ __forceinline__ float dot(const T* x, const T* y, int64_t size) {
   return sum;
 }
 
+// x as a sum of three numbers of 8 bits each.
+__device__ __forceinline__ void split(float x, __nv_bfloat16 (&parts)[3]) {
+  constexpr float kLimit = 1e38f;  // infinities have no parts
+  x = fminf(fmaxf(x, -kLimit), kLimit);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    parts[i] = __float2bfloat16(x);
+    x -= __bfloat162float(parts[i]);
+  }
+}
+
+__device__ __forceinline__ uint4 fold(float lse, float delta, float scale) {
+  __nv_bfloat16 of_lse[3], of_delta[3];
+  split(lse == minus_infinity<float>() ? 0.0f : -0.5f * lse / scale, of_lse);  // a row without keys
+  split(-0.5f * delta, of_delta);
+  const __nv_bfloat16 zero = __float2bfloat16(0.0f);
+  const __nv_bfloat16 all[8] = {of_lse[0], of_lse[1], of_lse[2], of_delta[0], of_delta[1], of_delta[2], zero, zero};
+  uint4 bytes;
+  memcpy(&bytes, all, 16);
+  return bytes;
+}
+
 template <class T, bool kWholeVectors>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ BackwardPreparation a) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Preparation a) {
   const BackwardProblem& p = a.p;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = thread; i < a.counter_count; i += threads) a.counters[i] = 0;
+  for (int64_t i = thread; i < a.space.counter_count; i += threads) a.space.counters[i] = 0;
   const bool packed = p.cu_seqlens_q != nullptr;
   if (packed && blockIdx.x == 0 && warp_index() == 0) {
-    copy_monotone(p.cu_seqlens_q, p.batch + 1, p.total_q, a.cu_seqlens_q);
-    copy_monotone(p.cu_seqlens_k, p.batch + 1, p.total_k, a.cu_seqlens_k);
+    copy_monotone(p.cu_seqlens_q, p.batch + 1, p.total_q, a.space.cu_seqlens_q);
+    copy_monotone(p.cu_seqlens_k, p.batch + 1, p.total_k, a.space.cu_seqlens_k);
   }
 
   // All rows of the tensors: of packed ones also those that no sequence has, whose delta nobody reads.
@@ -91,6 +120,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     if (threadIdx.x % kRowLanes == 0) {
       if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
       *stats_ptr<float>(p.delta, batch, row, head) = sum;
+      if (a.folded)
+        a.folded[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
+            fold(*stats_ptr<float>(p.lse, batch, row, head), sum, static_cast<float>(p.softmax_scale));
     }
     if (!a.unseen_rows) continue;
     const Sequence s = sequence_of(p, batch);
@@ -122,14 +154,17 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const __grid_constant_
 
 }  // namespace
 
-void prepare_backward(BackwardPreparation preparation, const Execution& execution) {
-  const BackwardProblem& p = preparation.p;
+BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, uint4* folded,
+                                 const Execution& execution) {
+  BackwardProblem p = problem;
+  p.delta = space.delta;
   // Dense rows that see no key: where lengths are the tensors' own, the host knows whether there are any.
   const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
   const bool whole_batch = !p.seqused_q && !p.seqused_k;
-  preparation.unseen_rows =
+  const bool unseen_rows =
       !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
 
+  const Preparation preparation{p, space, folded, unseen_rows};
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};
@@ -148,6 +183,12 @@ void prepare_backward(BackwardPreparation preparation, const Execution& executio
     run(__nv_bfloat16{});
   else
     run(__half{});
+
+  if (p.cu_seqlens_q) {
+    p.cu_seqlens_q = space.cu_seqlens_q;
+    p.cu_seqlens_k = space.cu_seqlens_k;
+  }
+  return p;
 }
 
 void compute_dsinks(const BackwardProblem& p, const Execution& execution) {

@@ -72,8 +72,8 @@ struct BoxCopy {
   int position[4];
   uint32_t shared_offset;
 };
-// To shared memory (128-byte swizzle, zeros where the tensor ends), counted by a barrier; and back to the tensor, in
-// groups of the thread that starts it.
+// To shared memory (rows of 128 bytes with the swizzle, shorter ones as they are; zeros where the tensor ends), counted
+// by a barrier; and back to the tensor, in groups of the thread that starts it.
 void load_box_later(const BoxCopy& copy, uint32_t barrier);
 void store_box_later(const BoxCopy& copy);
 void close_store_group();

@@ -39,24 +39,53 @@ template <int kRegisters>
 void give_registers_back() {}
 template <int kRegisters>
 void take_registers() {}
-inline int opaque(int x) { return x; }
+template <class Int>
+Int opaque(Int x) {
+  return x;
+}
 
-inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+// Four 8x8 matrices of 16-bit elements from where a warp has them in registers: element `col` of row `row` goes to
+// element `col` of the row that lane 8 * matrix + row names, or the other way round.
+template <bool kTransposed>
+void store_matrices_as(const char* name, uint32_t address, const uint32_t (&x)[4]) {
   struct In {
     uint32_t address;
     const uint32_t* x;
   } const in{address, x};
   emulator::warp_operation(
-      "stmatrix",
+      name,
       [](const emulator::LaneOperands(&lanes)[32]) {
         for (int matrix = 0; matrix < 4; ++matrix)
-          for (int lane = 0; lane < 32; ++lane) {
-            const uint32_t row = static_cast<const In*>(lanes[8 * matrix + lane / 4].in)->address;
-            std::memcpy(emulator::shared_bytes(row, 16) + lane % 4 * 4,
-                        &static_cast<const In*>(lanes[lane].in)->x[matrix], 4);
-          }
+          for (int lane = 0; lane < 32; ++lane)
+            for (int e = 0; e < 2; ++e) {
+              const int row = lane / 4, col = lane % 4 * 2 + e, line = kTransposed ? col : row;
+              const uint32_t to = static_cast<const In*>(lanes[8 * matrix + line].in)->address;
+              std::memcpy(emulator::shared_bytes(to, 16) + 2 * (kTransposed ? row : col),
+                          reinterpret_cast<const char*>(&static_cast<const In*>(lanes[lane].in)->x[matrix]) + 2 * e, 2);
+            }
       },
       &in, nullptr);
+}
+inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  store_matrices_as<false>("stmatrix", address, x);
+}
+inline void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
+  store_matrices_as<true>("stmatrix.trans", address, x);
+}
+inline uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  emulator::warp_operation(
+      "movmatrix",
+      [](const emulator::LaneOperands(&lanes)[32]) {
+        for (int lane = 0; lane < 32; ++lane)
+          for (int e = 0; e < 2; ++e) {
+            const int row = lane % 4 * 2 + e, col = lane / 4;  // of the matrix as it comes
+            std::memcpy(static_cast<char*>(lanes[lane].out) + 2 * e,
+                        static_cast<const char*>(lanes[row * 4 + col / 2].in) + col % 2 * 2, 2);
+          }
+      },
+      &x, &y);
+  return y;
 }
 
 // ---- wgmma: each warp does its 16 rows of the product when it waits for it ------------------------------------------
@@ -64,29 +93,33 @@ inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
 // What the hardware reads of a descriptor.
 struct DecodedDescriptor {
   uint32_t start, leading, stride;
+  bool swizzled;
 
   explicit DecodedDescriptor(uint64_t d)
       : start(static_cast<uint32_t>(d & 0x3fff) << 4),
         leading(static_cast<uint32_t>(d >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(d >> 32 & 0x3fff) << 4) {
-    if (d >> 62 != 1 || (d >> 49 & 7) != 0)
-      emulator::fail("a descriptor that is not for 1024-byte aligned 128-byte swizzle");
+        stride(static_cast<uint32_t>(d >> 32 & 0x3fff) << 4),
+        swizzled(d >> 62 == 1) {
+    if (d >> 62 > 1 || (d >> 49 & 7) != 0)
+      emulator::fail("a descriptor that is neither for 1024-byte aligned 128-byte swizzle nor for none");
   }
   // Element k of row r of an operand that is stored by rows ("K-major"), and of one that is stored by columns.
   template <class T>
   T straight(int r, int k) const {
-    return at<T>(start + r / 8 * stride + r % 8 * 128 + k * 2);
+    if (swizzled) return at<T>(start + r / 8 * stride + r % 8 * 128 + k * 2);
+    return at<T>(start + r / 8 * stride + k / 8 * leading + r % 8 * 16 + k % 8 * 2);  // 8x8 matrices of 128 bytes
   }
   template <class T>
   T transposed(int r, int k) const {
+    if (!swizzled) emulator::fail("an operand stored by columns without swizzle: not modelled");
     return at<T>(start + r / 64 * leading + k / 8 * stride + k % 8 * 128 + r % 64 * 2);
   }
 
  private:
   template <class T>
-  static T at(uint32_t plain) {
+  T at(uint32_t plain) const {
     T x;
-    std::memcpy(&x, emulator::shared_bytes(plain ^ (plain >> 7 & 7) << 4, 2), 2);
+    std::memcpy(&x, emulator::shared_bytes(swizzled ? plain ^ (plain >> 7 & 7) << 4 : plain, 2), 2);
     return x;
   }
 };
@@ -134,7 +167,7 @@ struct ProductOperands {
   bool accumulate;
 };
 
-template <class T, int N>
+template <class T, bool kTransposedA, int N>
 void start_product(const ProductOperands<N>& operands) {
   emulator::warp_operation(
       "wgmma",
@@ -165,7 +198,10 @@ void start_product(const ProductOperands<N>& operands) {
           } else {
             const DecodedDescriptor a(step.first.a_descriptor);
             multiply_step<N>(
-                step.d, step.first.accumulate, [&](int i, int k) { return a.straight<T>(step.row + i, k); },
+                step.d, step.first.accumulate,
+                [&](int i, int k) {
+                  return kTransposedA ? a.transposed<T>(step.row + i, k) : a.straight<T>(step.row + i, k);
+                },
                 [&](int j, int k) { return b.straight<T>(j, k); });
           }
         });
@@ -173,13 +209,13 @@ void start_product(const ProductOperands<N>& operands) {
       &operands, nullptr);
 }
 
-template <class T, int N>
+template <bool kTransposedA = false, class T, int N>
 void multiply_async(float (&d)[N][4], uint64_t a, uint64_t b, bool accumulate, T) {
-  start_product<T, N>({&d[0][0], nullptr, a, b, accumulate});
+  start_product<T, kTransposedA, N>({&d[0][0], nullptr, a, b, accumulate});
 }
 template <class T, int N>
 void multiply_async(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
-  start_product<T, N>({&d[0][0], a, 0, b, accumulate});
+  start_product<T, false, N>({&d[0][0], a, 0, b, accumulate});
 }
 
 }  // namespace fae::sm90

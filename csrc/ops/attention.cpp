@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(Inputs in) {
   p.out = tensor_view(out);
   p.lse = stats_view(lse);
   Runner runner(in.q);
-  const Backend& backend = choose_backend(p, in.q.is_cuda(), false);
+  const Backend& backend = choose_backend(p, in.q.is_cuda());
   backend.forward(p, runner.execution(backend.forward_workspace(p, runner.threads())));
   return {out, lse};
 }
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   if (in.sinks) p.dsinks = dsinks.data_ptr();
   p.deterministic = g.deterministic;
   Runner runner(in.q);
-  const Backend& backend = choose_backend(p, in.q.is_cuda(), true);
+  const Backend& backend = choose_backend(p, in.q.is_cuda());
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));
   return {dq, dk, dv, dbias, dsinks};
 }

@@ -55,7 +55,11 @@ const std::vector<std::string>& enabled(Registry& r) {
   return *r.enabled;
 }
 
-std::vector<std::string> reasons_against(Registry& r, const Backend& b, const Problem& p, bool cuda, bool backward) {
+std::vector<std::string> declines(const Backend& b, const Problem& p) { return b.declines(p); }
+std::vector<std::string> declines(const Backend& b, const BackwardProblem& p) { return b.declines_backward(p); }
+
+template <class P>
+std::vector<std::string> reasons_against(Registry& r, const Backend& b, const P& p, bool cuda) {
   std::vector<std::string> reasons;
   if (b.cuda != cuda)
     reasons.push_back(std::string("it runs on ") + (b.cuda ? "CUDA" : "CPU") + " tensors, the tensors are on " +
@@ -63,11 +67,32 @@ std::vector<std::string> reasons_against(Registry& r, const Backend& b, const Pr
   const auto& names = enabled(r);
   if (!names.empty() && std::find(names.begin(), names.end(), b.name) == names.end())
     reasons.push_back("it is not among the enabled backends (" + joined(names) + ")");
-  if (backward && !b.backward) reasons.push_back("it has no backward");
   // A backend looks only at problems of its own device.
   if (b.cuda == cuda)
-    for (std::string& reason : b.declines(p)) reasons.push_back(std::move(reason));
+    for (std::string& reason : declines(b, p)) reasons.push_back(std::move(reason));
   return reasons;
+}
+
+template <class P>
+std::vector<Candidate> all_candidates(const P& p, bool cuda) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  std::vector<Candidate> all;
+  for (const Backend* b : r.backends) all.push_back({b, reasons_against(r, *b, p, cuda)});
+  return all;
+}
+
+template <class P>
+const Backend& choose(const P& p, bool cuda, const char* op) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  std::string lines;
+  for (const Backend* b : r.backends) {
+    const auto reasons = reasons_against(r, *b, p, cuda);
+    if (reasons.empty()) return *b;
+    for (const std::string& reason : reasons) lines += std::string("\n- ") + b->name + ": " + reason;
+  }
+  throw std::runtime_error(std::string("flash_attn_ext.") + op + ": no backend takes this call" + lines);
 }
 
 }  // namespace
@@ -93,26 +118,11 @@ void set_enabled_backends(const std::vector<std::string>& names) {
   r.enabled = names;
 }
 
-std::vector<Candidate> candidates(const Problem& p, bool cuda, bool backward) {
-  Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
-  std::vector<Candidate> all;
-  for (const Backend* b : r.backends) all.push_back({b, reasons_against(r, *b, p, cuda, backward)});
-  return all;
-}
+std::vector<Candidate> candidates(const Problem& p, bool cuda) { return all_candidates(p, cuda); }
+std::vector<Candidate> candidates(const BackwardProblem& p, bool cuda) { return all_candidates(p, cuda); }
 
-const Backend& choose_backend(const Problem& p, bool cuda, bool backward) {
-  Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
-  std::string lines;
-  for (const Backend* b : r.backends) {
-    const auto reasons = reasons_against(r, *b, p, cuda, backward);
-    if (reasons.empty()) return *b;
-    for (const std::string& reason : reasons) lines += std::string("\n- ") + b->name + ": " + reason;
-  }
-  throw std::runtime_error(std::string("flash_attn_ext.") + (backward ? "backward" : "forward") +
-                           ": no backend takes this call" + lines);
-}
+const Backend& choose_backend(const Problem& p, bool cuda) { return choose(p, cuda, "forward"); }
+const Backend& choose_backend(const BackwardProblem& p, bool cuda) { return choose(p, cuda, "backward"); }
 
 const RowwiseKernels& rowwise_kernels(bool cuda) { return cuda ? registry().cuda_rowwise : cpu::kernels().rowwise; }
 

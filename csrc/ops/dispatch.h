@@ -25,11 +25,13 @@ struct Candidate {
 };
 
 // Every backend, in dispatch order, and what it says to the call or to its backward.
-FAE_API std::vector<Candidate> candidates(const Problem& p, bool cuda, bool backward);
+FAE_API std::vector<Candidate> candidates(const Problem& p, bool cuda);
+FAE_API std::vector<Candidate> candidates(const BackwardProblem& p, bool cuda);
 
 // Throws std::runtime_error with all reasons of all backends where none takes the call. The current device is that of
 // the tensors.
-const Backend& choose_backend(const Problem& p, bool cuda, bool backward);
+const Backend& choose_backend(const Problem& p, bool cuda);
+const Backend& choose_backend(const BackwardProblem& p, bool cuda);
 
 // Kernels of softmax and merge on the CPU or the CUDA devices.
 const RowwiseKernels& rowwise_kernels(bool cuda);

@@ -32,7 +32,7 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   if (device != "cpu" && device != "cuda")
     throw std::invalid_argument("device must be 'cpu' or 'cuda', got '" + device + "'");
   alignas(16) static int64_t given[2] = {};  // stands for every tensor that is given; never read
-  Problem p;
+  BackwardProblem p;
   p.dtype = dtype_named(dtype);
   p.batch = batch;
   p.heads = heads;
@@ -47,7 +47,10 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   p.q = contiguous(seqlen_q, heads, head_dim);
   p.k = contiguous(seqlen_k, heads_kv, head_dim);
   p.v = contiguous(seqlen_k, heads_kv, head_dim_v);
-  p.out = contiguous(seqlen_q, heads, head_dim_v);
+  p.out = p.dout = contiguous(seqlen_q, heads, head_dim_v);
+  p.dq = p.q;
+  p.dk = p.k;
+  p.dv = p.v;
   p.lse.data = given;
   const auto* lengths = reinterpret_cast<const int32_t*>(given);
   if (packed) {
@@ -70,7 +73,8 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   p.deterministic = deterministic;
 
   std::vector<py::dict> entries;
-  for (const ops::Candidate& candidate : ops::candidates(p, device == "cuda", backward)) {
+  for (const ops::Candidate& candidate : backward ? ops::candidates(p, device == "cuda")
+                                                    : ops::candidates(static_cast<const Problem&>(p), device == "cuda")) {
     const bool accepted = candidate.reasons.empty();
     py::object kernel = py::none();
     if (accepted) kernel = py::str(candidate.backend->describe(p, backward));

@@ -26,6 +26,8 @@ std::vector<std::string> declines(const Problem& p) {
   return reasons;
 }
 
+std::vector<std::string> declines_backward(const BackwardProblem& p) { return declines(p); }
+
 std::string describe(const Problem& p, bool backward) {
   const auto tile = with_head_dim(p, [](auto dim) { return std::to_string(dim()); });
   return std::string(backward ? "backward" : "forward") + " on mma.sync, head dim tile " + tile;
@@ -55,7 +57,8 @@ const Backend& backend() {
   constexpr const char* kName = "sm80";
   constexpr bool kCuda = true;
 #endif
-  static const Backend sm80{kName, kCuda, declines, describe, forward_workspace, forward, backward_workspace, backward};
+  static const Backend sm80{kName,    kCuda,   declines,           declines_backward, describe, forward_workspace,
+                            forward, backward_workspace, backward};
   return sm80;
 }
 

@@ -1,4 +1,4 @@
-#include "../core/schedule.h"
+#include "../cuda/backward_space.h"
 #include "../cuda/delta.h"
 #include "../cuda/launch.h"
 #include "kernels.h"
@@ -326,8 +326,8 @@ class BackwardTask {
     }
     const QueryPlace place;
     const int row = step.block * Config::kRows + place.row;
-    write_rows(dq, p_.dq, q_start_ + row, step.head, band_.seqlen_q - row, place.col, static_cast<int>(p_.head_dim),
-               static_cast<float>(p_.softmax_scale));
+    write_rows<T, kAligned>(dq, p_.dq, batch_, q_start_ + row, step.head, band_.seqlen_q - row, place.col,
+                            static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
   }
 
   template <class F>
@@ -352,35 +352,8 @@ class BackwardTask {
     if (!KeyPlace::exists()) return;
     const KeyPlace place;
     const int row = key_begin() + place.row;
-    write_rows(x, view, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
-  }
-
-  // scale * x, an accumulator whose first element belongs to (row, col); `rows` of them exist.
-  template <int M, int N>
-  __device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const TensorView& view, int64_t row, int head,
-                                             int rows, int col, int cols, float scale) const {
-    x.for_each_row([&](int m, int half) {
-      const int r = x.row(m, half);
-      T* const to = row_ptr<T>(view, batch_, row + r, head);
-      if constexpr (kAligned && N % 2 == 0) {
-        // The quad of a row swaps what it holds, so that each lane has 16 bytes.
-#pragma unroll
-        for (int n = 0; n < N; n += 4) {
-          uint32_t words[4] = {};
-#pragma unroll
-          for (int i = 0; i < 4 && n + i < N; ++i)
-            words[i] = pack(x.at(m, half, n + i, 0) * scale, x.at(m, half, n + i, 1) * scale, T{});
-          const int c = col + 8 * (n + lane_index() % 4);
-          const uint4 chunk = quad_transpose(words);
-          if (r < rows && c < cols && n + lane_index() % 4 < N) *reinterpret_cast<uint4*>(to + c) = chunk;
-        }
-      } else {
-        if (r >= rows) return;
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-          store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
-      }
-    });
+    write_rows<T, kAligned>(x, view, batch_, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim,
+                            scale);
   }
 
   const BackwardCall& call_;
@@ -417,42 +390,13 @@ constexpr int64_t kConcurrentWarps = 1024;
 
 // The parts of the workspace.
 template <class Config>
-struct BackwardSpace {
-  int64_t query_blocks, heads;
-  StatsView delta;
-  int* counters;  // the ticket, then the turns
-  int64_t counter_count;
-  int32_t *cu_seqlens_q, *cu_seqlens_k;
-  float* dq_partial;
+struct BackwardSpace : cuda::BackwardSpace {
   void* bias_gradient;
-  size_t bytes = 0;
 
-  BackwardSpace(const BackwardProblem& p, void* base) {
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const PackedBlocks blocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows);
-    query_blocks = packed ? blocks.size() : ceil_div(p.max_seqlen_q, Config::kRows);
-    heads = packed ? p.heads : p.batch * p.heads;
-    const int64_t rows = packed ? p.total_q : p.max_seqlen_q;
-    delta.data = take<float>(base, heads * rows);
-    delta.stride_batch = packed ? 0 : p.heads * rows;
-    delta.stride_head = rows;
-    counter_count = 2 + heads * query_blocks;
-    counters = take<int>(base, counter_count);
-    cu_seqlens_q = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
-    cu_seqlens_k = packed ? take<int32_t>(base, p.batch + 1) : nullptr;
-    // Where one block has all keys, dQ never leaves the registers unfinished.
-    const bool alone = (packed ? p.total_k : p.max_seqlen_k) <= Config::kKeys;
-    dq_partial = take<float>(base, alone ? 0 : heads * query_blocks * kPartialFloats<Config>);
+  BackwardSpace(const BackwardProblem& p, void* base)
+      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, kPartialFloats<Config>) {
     const bool pass = p.dbias.data && broadcasts(p, p.dbias);
-    bias_gradient = take<char>(base, pass ? static_cast<int64_t>(bias_gradient_workspace<FAE_HEAD_DIM>(p)) : 0);
-  }
-
- private:
-  template <class E>
-  E* take(void* base, int64_t count) {
-    E* const result = base ? reinterpret_cast<E*>(static_cast<char*>(base) + bytes) : nullptr;
-    bytes += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(E)), 256));
-    return result;
+    bias_gradient = take<char>(pass ? static_cast<int64_t>(bias_gradient_workspace<FAE_HEAD_DIM>(p)) : 0);
   }
 };
 
@@ -467,15 +411,7 @@ bool all_whole_vectors(const BackwardProblem& p) {
 template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
-  BackwardProblem p = problem;
-  p.delta = space.delta;
-  const cuda::BackwardPreparation preparation{p, space.counters, space.counter_count, space.cu_seqlens_q,
-                                              space.cu_seqlens_k};
-  cuda::prepare_backward(preparation, execution);
-  if (p.cu_seqlens_q) {
-    p.cu_seqlens_q = space.cu_seqlens_q;
-    p.cu_seqlens_k = space.cu_seqlens_k;
-  }
+  const BackwardProblem p = cuda::prepare_backward(problem, space, nullptr, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
@@ -486,8 +422,8 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
                           schedule,
                           PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
                           static_cast<int>(space.query_blocks),
-                          reinterpret_cast<unsigned long long*>(space.counters),
-                          space.counters + 2,
+                          space.ticket(),
+                          space.turns(),
                           space.dq_partial,
                           all_whole_vectors<T>(p),
                           direct_dbias,

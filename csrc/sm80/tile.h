@@ -411,6 +411,35 @@ __device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4]) {
   return upper ? uint4{far[0], far[1], high[0], high[1]} : uint4{low[0], low[1], far[0], far[1]};
 }
 
+// scale * x to a tensor, x an accumulator whose first element belongs to (row, col); `rows` and `cols` of it exist, cols
+// counted from column 0. kAligned: rows of the tensor are whole vectors.
+template <class T, bool kAligned, int M, int N>
+__device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const TensorView& view, int64_t batch,
+                                           int64_t row, int64_t head, int rows, int col, int cols, float scale) {
+  x.for_each_row([&](int m, int half) {
+    const int r = x.row(m, half);
+    T* const to = row_ptr<T>(view, batch, row + r, head);
+    if constexpr (kAligned && N % 2 == 0) {
+      // The quad of a row swaps what it holds, so that each lane has 16 bytes.
+#pragma unroll
+      for (int n = 0; n < N; n += 4) {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4 && n + i < N; ++i)
+          words[i] = pack(x.at(m, half, n + i, 0) * scale, x.at(m, half, n + i, 1) * scale, T{});
+        const int c = col + 8 * (n + lane_index() % 4);
+        const uint4 chunk = quad_transpose(words);
+        if (r < rows && c < cols && n + lane_index() % 4 < N) *reinterpret_cast<uint4*>(to + c) = chunk;
+      }
+    } else {
+      if (r >= rows) return;
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+    }
+  });
+}
+
 // 16 bytes to global memory, or the first `count` elements of them. kWholeVectors: all of them, and aligned.
 template <bool kWholeVectors, class T>
 __device__ __forceinline__ void store_chunk(T* to, const uint4& bytes, int count) {

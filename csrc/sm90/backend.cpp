@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../cuda/score_terms.h"
 #include "kernels.h"
 
 #if !defined(FAE_EMULATOR)
@@ -11,6 +12,8 @@
 
 namespace fae::sm90 {
 namespace {
+
+constexpr int64_t kMaxBackwardDim = 128;
 
 // Calls run with the smallest head dim tile that holds a call's head dims, as a constant.
 template <class F>
@@ -62,15 +65,45 @@ std::vector<std::string> declines(const Problem& p) {
   return reasons;
 }
 
-std::string describe(const Problem& p, bool) {
+std::vector<std::string> declines_backward(const BackwardProblem& p) {
+  std::vector<std::string> reasons = declines(p);
+  if (std::max(p.head_dim, p.head_dim_v) > kMaxBackwardDim)
+    reasons.push_back("its backward takes head dims up to " + std::to_string(kMaxBackwardDim));
+  if (!cuda::plain_scores(p))
+    reasons.push_back(
+        "its backward takes neither softcap, alibi_slopes, bias, mask and dropout nor a softmax_scale of 0 or less");
+  const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
+  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
+  if (!readable(p.dout, rows_q, p.heads, batch_q) || !readable(p.dq, rows_q, p.heads, batch_q) ||
+      !readable(p.dk, rows_k, p.heads_kv, batch_k) || !readable(p.dv, rows_k, p.heads_kv, batch_k))
+    reasons.push_back("its backward takes gradients that begin, as all their rows, at multiples of 16 bytes");
+  return reasons;
+}
+
+std::string describe(const Problem& p, bool backward) {
   const auto tile = with_head_dim(p, [](auto dim) { return std::to_string(dim()); });
-  return "forward on wgmma, head dim tile " + tile;
+  return std::string(backward ? "backward" : "forward") + " on wgmma, head dim tile " + tile;
 }
 
 size_t forward_workspace(const Problem&, int) { return sizeof(int); }  // the counter of tiles
 
 void forward(const Problem& p, const Execution& execution) {
   with_head_dim(p, [&](auto dim) { sm90::forward<dim()>(p, execution); });
+}
+
+// f with the head dim tile of a backward.
+template <class F>
+auto with_backward_dim(const Problem& p, F&& f) {
+  return std::max(p.head_dim, p.head_dim_v) <= 64 ? f(std::integral_constant<int, 64>{})
+                                                  : f(std::integral_constant<int, 128>{});
+}
+
+size_t backward_workspace(const BackwardProblem& p, int) {
+  return with_backward_dim(p, [&](auto dim) { return sm90::backward_workspace<dim()>(p); });
+}
+
+void backward(const BackwardProblem& p, const Execution& execution) {
+  with_backward_dim(p, [&](auto dim) { sm90::backward<dim()>(p, execution); });
 }
 
 }  // namespace
@@ -86,9 +119,12 @@ const Backend& backend() {
   static const Backend sm90{.name = kName,
                             .cuda = kCuda,
                             .declines = declines,
+                            .declines_backward = declines_backward,
                             .describe = describe,
                             .forward_workspace = forward_workspace,
-                            .forward = forward};
+                            .forward = forward,
+                            .backward_workspace = backward_workspace,
+                            .backward = backward};
   return sm90;
 }
 

@@ -47,4 +47,27 @@ struct ForwardConfig<192, true> : ForwardTile<2, 64, 192, 192, 1, 2, 2> {};
 template <>
 struct ForwardConfig<256, true> : ForwardTile<2, 64, 256, 256, 1, 2, 2> {};
 
+// A thread block of the backward: one warpgroup that moves data and two that compute, each with 64 of the keys. kRows:
+// of a query block.
+template <int kRows_, int kDim_>
+struct BackwardTile {
+  static constexpr int kRows = kRows_, kKeys = 2 * kWarpgroupRows, kDim = kDim_;
+  static constexpr int kStages = 2;  // of query blocks, and of their dS, in shared memory
+  static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
+  static constexpr bool kSharesDim = kDim == 2 * 64;
+  static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
+  static_assert(kSharesDim || kDim == 64);
+
+  static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
+  static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
+};
+
+template <int kHeadDim>
+struct BackwardConfig;
+template <>
+struct BackwardConfig<64> : BackwardTile<128, 64> {};
+template <>
+struct BackwardConfig<128> : BackwardTile<64, 128> {};
+
 }  // namespace fae::sm90

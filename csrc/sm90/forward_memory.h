@@ -33,9 +33,6 @@ struct alignas(16) Work {
   }
 };
 
-// The same number in all lanes, as it is; told to the compiler, which then keeps it in a register of the warp.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
 __device__ __forceinline__ KeyBlocks<int> key_blocks(const cuda::DeviceBand& band, int row, int rows, int keys) {
   const int end = min(row + rows, band.seqlen_q);
   return KeyBlocks<int>(band.any(row, end), band.every(row, end), keys);
@@ -83,18 +80,12 @@ struct ForwardMemory {
     fence_barrier_init();
   }
 
-  __device__ void write_work(int stage, const Work& work) const {
-    const uint32_t address = base + kWork + stage * static_cast<int>(sizeof(Work));
-    uint4 words[2];
-    memcpy(words, &work, sizeof(work));
-    sm80::store_shared_16_bytes(address, words[0]);
-    sm80::store_shared_16_bytes(address + 16, words[1]);
-  }
-  __device__ __forceinline__ Work read_work(int stage) const {
-    const uint32_t address = base + kWork + stage * static_cast<int>(sizeof(Work));
-    const uint4 a = sm80::load_shared_16_bytes(address), b = sm80::load_shared_16_bytes(address + 16);
-    const auto same = [](uint32_t x) { return uniform(static_cast<int>(x)); };
-    return {same(a.x), same(a.y), same(a.z), same(a.w), same(b.x), same(b.y), same(b.z), same(b.w)};
+  __device__ void write_work(int stage, const Work& work) const { write_struct(work_address(stage), work); }
+  __device__ __forceinline__ Work read_work(int stage) const { return read_struct<Work>(work_address(stage)); }
+
+ private:
+  __device__ uint32_t work_address(int stage) const {
+    return base + kWork + stage * static_cast<int>(sizeof(Work));
   }
 };
 

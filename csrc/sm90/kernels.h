@@ -9,4 +9,9 @@ namespace fae::sm90 {
 template <int kHeadDim>
 void forward(const Problem& p, const Execution& execution);
 
+template <int kHeadDim>
+size_t backward_workspace(const BackwardProblem& p);
+template <int kHeadDim>
+void backward(const BackwardProblem& p, const Execution& execution);
+
 }  // namespace fae::sm90

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../sm80/ptx.h"
 #include "ptx.h"
 
 // Rings of buffers in shared memory between those who fill them and those who empty them.
@@ -43,5 +44,38 @@ class Ring {
   int stage_ = 0;
   uint32_t parity_ = 0;
 };
+
+// The same for users that count what has gone through: number n is in buffer n % kStages for the n / kStages-th time.
+template <int kStages>
+struct NumberedBuffers {
+  static __device__ __forceinline__ int stage(unsigned number) { return static_cast<int>(number % kStages); }
+  static __device__ __forceinline__ uint32_t parity(unsigned number) { return number / kStages % 2; }
+};
+
+// The same number in all lanes, as it is; told to the compiler, which then keeps it in a register of the warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// A struct of ints by way of shared memory, from one thread to whole warps.
+template <class X>
+__device__ __forceinline__ void write_struct(uint32_t address, const X& x) {
+  static_assert(sizeof(X) % 16 == 0);
+  uint4 words[sizeof(X) / 16];
+  memcpy(words, &x, sizeof(X));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) sm80::store_shared_16_bytes(address + 16 * i, words[i]);
+}
+template <class X>
+__device__ __forceinline__ X read_struct(uint32_t address) {
+  int words[sizeof(X) / 4];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) {
+    const uint4 x = sm80::load_shared_16_bytes(address + 16 * i);
+    words[4 * i] = uniform(static_cast<int>(x.x)), words[4 * i + 1] = uniform(static_cast<int>(x.y));
+    words[4 * i + 2] = uniform(static_cast<int>(x.z)), words[4 * i + 3] = uniform(static_cast<int>(x.w));
+  }
+  X x;
+  memcpy(static_cast<void*>(&x), words, sizeof(X));
+  return x;
+}
 
 }  // namespace fae::sm90

@@ -109,9 +109,23 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                : "memory");
 }
 
+// The same matrices, each transposed on its way.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+// One 8x8 matrix, transposed from registers to registers.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // The same number, of which the compiler no longer knows where it comes from: what follows from it is worked out where
 // it is needed, and not kept in a register through the loops before.
-__device__ __forceinline__ int opaque(int x) {
+template <class Int>
+__device__ __forceinline__ Int opaque(Int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -142,8 +156,9 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[n][i])::"memory");
 }
 
-// d (+)= a b for the 64 rows of a warpgroup, 16 columns of a, 8 N columns of d: a and b from shared memory, both stored
-// by rows; or a from registers and b stored by columns. Operands may be overwritten and d read after a wait.
+// d (+)= a b for the 64 rows of a warpgroup, 16 columns of a, 8 N columns of d: a and b from shared memory, b stored by
+// rows and a too or (kTransposedA) by columns; or a from registers and b stored by columns. Operands may be overwritten
+// and d read after a wait.
 #define FAE_NAMES_64                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -183,6 +198,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
 
 // i0 to i5: numbers of the operands after the registers of d.
 #define FAE_PRODUCT(Type, PTX, COLUMNS, i0, i1, i2, i3, i4, i5)                                                       \
+  template <bool kTransposedA = false>                                                                                \
   __device__ __forceinline__ void multiply_async(float (&d)[COLUMNS / 8][4], uint64_t a, uint64_t b, bool accumulate, \
                                                  Type) {                                                              \
     asm volatile(                                                                                                     \
@@ -192,10 +208,11 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
         ", 0;\n"                                                                                                      \
         "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." PTX "." PTX " {" FAE_NAMES_##COLUMNS                  \
         "}, %" #i0 ", %" #i1                                                                                          \
-        ", p, 1, 1, 0, 0;\n"                                                                                          \
+        ", p, 1, 1, %" #i3                                                                                            \
+        ", 0;\n"                                                                                                      \
         "}"                                                                                                           \
         : FAE_REGISTERS_##COLUMNS                                                                                     \
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                         \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposedA)));                    \
   }                                                                                                                   \
   __device__ __forceinline__ void multiply_async(float (&d)[COLUMNS / 8][4], const uint32_t (&a)[4], uint64_t b,      \
                                                  bool accumulate, Type) {                                             \

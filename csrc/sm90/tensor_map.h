@@ -13,8 +13,8 @@ namespace fae::sm90 {
 
 constexpr int kBoxCols = 64;  // 128 bytes of 16-bit elements: one line of the swizzle
 
-// [batch, head, row, col] of 16-bit elements, of which a copy moves 64 columns of box_rows rows. A dimension of size 1
-// may have any stride, which the accelerator need not understand.
+// [batch, head, row, col] of 16-bit elements, of which a copy moves box_rows rows of box_cols columns: 64 with the
+// swizzle, fewer as they are. A dimension of size 1 may have any stride, which the accelerator need not understand.
 struct TensorExtents {
   int64_t cols, rows, heads, batch;
 };
@@ -34,7 +34,8 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
-inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const TensorExtents& extents, int box_rows) {
+inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const TensorExtents& extents, int box_rows,
+                                 int box_cols = kBoxCols) {
   const auto bytes = [](int64_t extent, int64_t stride) {
     return static_cast<cuuint64_t>(extent == 1 ? 16 : 2 * stride);
   };
@@ -42,12 +43,13 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
                              static_cast<cuuint64_t>(extents.heads), static_cast<cuuint64_t>(extents.batch)};
   const cuuint64_t strides[] = {bytes(extents.rows, view.stride_row), bytes(extents.heads, view.stride_head),
                                 bytes(extents.batch, view.stride_batch)};
-  const cuuint32_t box[] = {kBoxCols, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, view.data,
-      dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_cols == kBoxCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn_ext: cuTensorMapEncodeTiled failed with error " + std::to_string(result));
   return map;
@@ -55,12 +57,13 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
 
 #else
 
-inline TensorMap make_tensor_map(DType, const TensorView& view, const TensorExtents& extents, int box_rows) {
+inline TensorMap make_tensor_map(DType, const TensorView& view, const TensorExtents& extents, int box_rows,
+                                 int box_cols = kBoxCols) {
   return {static_cast<char*>(view.data),
           {extents.cols, extents.rows, extents.heads, extents.batch},
           {2, 2 * view.stride_row, 2 * view.stride_head, 2 * view.stride_batch},
           2,
-          kBoxCols,
+          box_cols,
           box_rows};
 }
 

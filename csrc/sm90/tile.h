@@ -28,27 +28,43 @@ class Descriptor {
   uint32_t low_;
 };
 
-// S = A B^T, started. A: 64 rows, B: 8 N rows.
+// The same for rows of 16 bytes without swizzle, eight rows from the next, of which a product reads all 16 columns as
+// the same eight twice.
+__device__ __forceinline__ uint64_t doubled_descriptor(uint32_t address, int eight_rows) {
+  return static_cast<uint64_t>(eight_rows >> 4) << 32 | (address & 0x3ffff) >> 4;
+}
+
+// S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows.
 template <class A, class B, int N>
-__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
+__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const B& b, bool accumulate) {
   static_assert(A::kRows == 64 && B::kRows == 8 * N && A::kBlocks == B::kBlocks);
   const Descriptor a0(a.base), b0(b.base);
 #pragma unroll
   for (int k = 0; k < A::kCols / 16; ++k) {
     const auto step = [&](int rows) { return k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32; };
-    multiply_async(s.x[0], a0.at(step(A::kRows)), b0.at(step(B::kRows)), k > 0, typename A::Element{});
+    multiply_async(s.x[0], a0.at(step(A::kRows)), b0.at(step(B::kRows)), accumulate || k > 0, typename A::Element{});
   }
+}
+// S = A B^T, started.
+template <class A, class B, int N>
+__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
+  multiply_straight(s, a, b, false);
   commit_products();
 }
 
-// O += P V, started. P in registers, one fragment per 16 rows of V.
+// O += P V, its steps only. P in registers, one fragment per 16 rows of V.
 template <class V, int N, int kSteps>
-__device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
+__device__ __forceinline__ void multiply_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
   static_assert(V::kRows == 16 * kSteps && V::kCols == 8 * N);
   const Descriptor v0(v.base, V::kRows * cuda::kSwizzleBytes);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k)
     multiply_async(o.x[0], p[k], v0.at(k * 16 * cuda::kSwizzleBytes), true, typename V::Element{});
+}
+// O += P V, started.
+template <class V, int N, int kSteps>
+__device__ __forceinline__ void start_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {
+  multiply_transposed(o, p, v);
   commit_products();
 }
 
@@ -73,6 +89,22 @@ __device__ __forceinline__ void multiply_warp(Accumulator<1, N>& s, const A& a, 
       sm80::mma(s.x[0][2 * pair + 1], left, {right[1], right[3]}, T{});
     }
   }
+}
+
+// Starts the copy of a tile, by one thread. The barrier has been told how many bytes to expect.
+template <class Tile>
+__device__ void load_tile(const Tile& tile, const TensorMap& map, int row, int head, int batch, uint32_t barrier) {
+  for (int block = 0; block < Tile::kBlocks; ++block)
+    load_box(tile.address(0, block * 64), map, block * 64, row, head, batch, barrier);
+}
+
+// Zeros in the rows from `begin` on, by one warp.
+template <class Tile>
+__device__ void clear_rows(const Tile& tile, int begin) {
+  constexpr int kChunks = Tile::kBlocks * 8;
+#pragma unroll 1
+  for (int i = begin * kChunks + lane_index(); i < Tile::kRows * kChunks; i += cuda::kWarpThreads)
+    sm80::store_shared_16_bytes(tile.address(i / kChunks, i % kChunks * 8), uint4{0, 0, 0, 0});
 }
 
 }  // namespace fae::sm90

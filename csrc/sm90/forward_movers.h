@@ -123,21 +123,6 @@ class Loader {
     waiting_block_ = -1;
   }
 
-  template <class Tile>
-  __device__ static void load_tile(const Tile& tile, const TensorMap& map, int row, int head, int batch,
-                                   uint32_t barrier) {
-    for (int block = 0; block < Tile::kBlocks; ++block)
-      load_box(tile.address(0, block * kBoxCols), map, block * kBoxCols, row, head, batch, barrier);
-  }
-
-  template <class Tile>
-  __device__ static void clear_rows(const Tile& tile, int begin) {
-    constexpr int kChunks = Tile::kBlocks * 8;
-#pragma unroll 1
-    for (int i = begin * kChunks + lane_index(); i < Tile::kRows * kChunks; i += cuda::kWarpThreads)
-      sm80::store_shared_16_bytes(tile.address(i / kChunks, i % kChunks * 8), uint4{0, 0, 0, 0});
-  }
-
   const ForwardCall& call_;
   const Problem& p_;
   const Memory memory_;

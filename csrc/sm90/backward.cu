@@ -1,0 +1,377 @@
+#include "../cuda/backward_space.h"
+#include "../cuda/delta.h"
+#include "../cuda/launch.h"
+#include "backward_movers.h"
+#include "kernels.h"
+
+// Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
+//   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
+// Thread blocks stay and take one block of keys after the other. Each of two warpgroups has 64 of the keys, with their
+// dK and dV in registers, and meets the query blocks that see them one by one ("steps"). Scores are computed
+// transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the registers that they come in, and dS
+// passes through shared memory for dQ only.
+//
+// -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
+// read by the threads that need them, they would cost a tenth of the time.
+//
+// dQ of a step is computed during the next step, when dS of both warpgroups is there without anybody having waited for
+// it. It grows in global memory in the order of the visits, as in sm80/backward.cu: the first visitor stores, others
+// add, the last one writes the result.
+
+namespace fae::sm90 {
+namespace {
+
+// A warpgroup that computes.
+template <class T, class Config>
+class BackwardComputer {
+  using Memory = BackwardMemory<T, Config>;
+  using Buffers = typename Memory::Buffers;
+  using Scores = cuda::TransposedAccumulator<Config::kRows / 8, 1>;  // transpose: 64 keys by kRows
+  using Fragments = uint32_t[Config::kRows / 16][4];
+  static constexpr int ND = Config::kDim / 8, NQ = Config::kQueryRows / 8;
+
+ public:
+  __device__ BackwardComputer(const BackwardCall& call, const Memory& memory, int warp)
+      : call_(call),
+        p_(call.p),
+        memory_(memory),
+        warpgroup_(warp / 4),
+        warp_row_(warp % 4 * 16),
+        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (unsigned block = 0;; ++block) {
+      wait(memory_.k_full(), block % 2);
+      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+      if (keys.batch < 0) return;
+      dk_.fill(0);
+      dv_.fill(0);
+      if (keys.steps > 0) walk(keys.steps);
+      finish();
+    }
+  }
+
+ private:
+  // All query blocks of a key block.
+  __device__ __forceinline__ void walk(int steps) {
+    wait(memory_.q_full(stage()), parity());
+    start_scores();
+    wait(memory_.v_full(), v_block_++ % 2);
+    wait(memory_.dout_full(stage()), parity());
+    start_dprob();
+    finish_scores();
+    if (steps == 1) return step<true, true>();
+    step<true, false>();
+#pragma unroll 1
+    for (int left = steps - 2; left > 0; --left) step<false, false>();
+    step<false, true>();
+  }
+
+  // From P and dP of one step to those of the next.
+  template <bool kFirst, bool kLast>
+  __device__ __forceinline__ void step() {
+    Fragments p, ds;
+    make_fragments(p, ds);
+    store_ds(ds);
+    QueryGradient dq;
+    if constexpr (!kFirst) start_dq(dq, step_ - 1);
+    fence_registers(p);
+    fence_registers(ds);
+    fence_registers(dv_.x[0]);
+    fence_registers(dk_.x[0]);
+    begin_products();
+    multiply_transposed(dv_, p, memory_.dout(stage()));
+    begin_products();
+    multiply_transposed(dk_, ds, memory_.q(stage()));
+    commit_products();
+    if constexpr (!kFirst) {
+      wait_products<1>();
+      finish_dq(dq, step_ - 1);
+    }
+    if constexpr (kLast) {
+      wait_products<0>();
+      fence_registers(dv_.x[0]);
+      fence_registers(dk_.x[0]);
+      release(memory_.rows_empty(stage()));
+      start_dq(dq, step_);
+      wait_products<0>();
+      finish_dq(dq, step_);
+      ++step_;
+    } else {
+      const uint32_t rows_empty = memory_.rows_empty(stage());
+      ++step_;
+      wait(memory_.q_full(stage()), parity());
+      start_scores();
+      wait_products<1>();
+      fence_registers(dv_.x[0]);
+      fence_registers(dk_.x[0]);
+      release(rows_empty);
+      wait(memory_.dout_full(stage()), parity());
+      start_dprob();
+      finish_scores();
+    }
+  }
+
+  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta.
+  __device__ __forceinline__ void start_scores() {
+    const Memory memory = this_memory();
+    start_product(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
+  }
+  __device__ __forceinline__ void start_dprob() {
+    const Memory memory = this_memory();
+    start_product(dprob_, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()));
+  }
+  __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
+                                                const typename Memory::Q& rows) const {
+    auto& transpose = s.transpose;
+    begin_products();
+    multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
+                   doubled_descriptor(memory_.statistics(stage()), 8 * 16), false, __nv_bfloat16{});
+    multiply_straight(transpose, keys, rows, true);
+    commit_products();
+  }
+
+  // P = exp(scale S) while dP is computed, and the end of that.
+  __device__ __forceinline__ void finish_scores() {
+    wait_products<1>();
+    fence_registers(scores_.transpose.x[0]);
+    const Step step = read_struct<Step>(memory_.step(step_));
+    if (step.is_edge(warpgroup_)) {
+      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+      cuda::mask_band(scores_, keys.band(), step.row_begin, keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
+    }
+    // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is needed.
+    scores_.for_each([&](int m, int half, int n, int e) {
+      float& x = scores_.at(m, half, n, e);
+      x = sm80::exp2_approx(fminf(x * scale_log2_, 0.0f));
+    });
+    // A wait here keeps the compiler from moving the one for the products before the exponentials.
+    fence_registers(scores_.transpose.x[0]);
+    wait(memory_.ds_empty(stage()), parity() ^ 1);
+    wait_products<0>();
+    fence_registers(dprob_.transpose.x[0]);
+  }
+
+  __device__ __forceinline__ void make_fragments(Fragments& p, Fragments& ds) {
+    scores_.for_each(
+        [&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+#pragma unroll
+    for (int k = 0; k < Config::kRows / 16; ++k) {
+      const sm80::FragmentA<T> of_ds = sm80::as_left_operand<T>(dprob_.transpose, 0, k);
+      const sm80::FragmentA<T> of_p = sm80::as_left_operand<T>(scores_.transpose, 0, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ds[k][i] = of_ds.x[i];
+        p[k][i] = of_p.x[i];
+      }
+    }
+  }
+
+  // dS, rows by keys, to where both warpgroups find it.
+  __device__ __forceinline__ void store_ds(const Fragments& ds) const {
+    const int lane = opaque(lane_index());
+    const uint32_t first = memory_.ds(stage()).address(lane / 16 * 8 + lane % 8,
+                                                       warpgroup_ * kWarpgroupRows + warp_row_ + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int k = 0; k < Config::kRows / 16; ++k)
+      store_matrices_transposed(first + k * 16 * cuda::kSwizzleBytes, ds[k]);
+    fence_async_proxy();
+    release(memory_.ds_full(stage()));
+  }
+
+  // ---- dQ -----------------------------------------------------------------------------------------------------------
+
+  // This warpgroup's share of dQ^T: 64 columns of dQ by kQueryRows of the rows.
+  using QueryGradient = Accumulator<1, NQ>;
+  __device__ __forceinline__ int dq_row() const { return Config::kSharesDim ? 0 : warpgroup_ * Config::kQueryRows; }
+  __device__ __forceinline__ int dq_col() const { return Config::kSharesDim ? warpgroup_ * 64 : 0; }
+
+  // dQ^T = K^T dS^T.
+  __device__ __forceinline__ void start_dq(QueryGradient& dq, unsigned number) const {
+    using DS = typename Memory::DS;
+    constexpr int kKeySteps = kWarpgroupRows / 16;
+    const int buffer = Buffers::stage(number);
+    wait(memory_.ds_full(buffer), Buffers::parity(number));
+    const Memory memory = this_memory();
+    const Descriptor ds(memory.ds(buffer).address(dq_row(), 0)), keys(memory.k(0).address(0, dq_col()));
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < Config::kKeys / 16; ++k)
+      multiply_async<true>(
+          dq.x[0], keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
+          ds.at(k / kKeySteps * DS::kRows * cuda::kSwizzleBytes + k % kKeySteps * 32), k > 0, T{});
+    commit_products();
+  }
+
+  // Adds to what earlier visitors have left, or ends the sum.
+  __device__ __forceinline__ void finish_dq(QueryGradient& dq, unsigned number) const {
+    fence_registers(dq.x[0]);
+    release(memory_.ds_empty(Buffers::stage(number)));
+    const Step step = read_struct<Step>(memory_.step(number));
+    float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
+                            warpgroup_ * NQ * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+    wait(memory_.turn(), number % 2);
+    if (!step.last_visit()) {
+      if (step.rank() > 0) {
+#pragma unroll
+        for (int n = 0; n < NQ; ++n)
+          sm80::add_to_global(reinterpret_cast<float*>(partial + n * kWarpgroupThreads), dq.x[0][n]);
+      } else {
+#pragma unroll
+        for (int n = 0; n < NQ; ++n)
+          partial[n * kWarpgroupThreads] = {dq.x[0][n][0], dq.x[0][n][1], dq.x[0][n][2], dq.x[0][n][3]};
+      }
+    } else {
+      if (step.rank() > 0) {
+#pragma unroll
+        for (int n = 0; n < NQ; ++n) {
+          const float4 others = __ldcg(partial + n * kWarpgroupThreads);
+          dq.x[0][n][0] += others.x, dq.x[0][n][1] += others.y, dq.x[0][n][2] += others.z, dq.x[0][n][3] += others.w;
+        }
+      }
+      write_dq(dq, step);
+    }
+    release(memory_.added());
+  }
+
+  __device__ __forceinline__ void write_dq(const QueryGradient& dq, const Step& step) const {
+    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+    const float scale = static_cast<float>(p_.softmax_scale);
+    const int lane = lane_index(), begin = step.row_begin + dq_row();
+    T* const rows = row_ptr<T>(p_.dq, keys.batch, keys.q_start + begin, step.head);
+#pragma unroll
+    for (int n = 0; n < NQ; n += 4)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Eight columns of eight rows, transposed so that a quad has a row; then a lane has all that the quad has of
+        // one of four rows.
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4 && n + i < NQ; ++i)
+          words[i] = transpose_matrix(
+              sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
+        const uint4 chunk = sm80::quad_transpose(words);
+        const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
+        if (number < NQ && begin + row < keys.seqlen_q && col < static_cast<int>(p_.head_dim))
+          *reinterpret_cast<uint4*>(rows + row * p_.dq.stride_row + col) = chunk;
+      }
+  }
+
+  // ---- The end of a key block ---------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void finish() {
+    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+    release(memory_.k_empty());
+    if (keys.steps > 0) release(memory_.v_empty());
+    const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.seqlen_k - begin;
+    sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+                              static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+    sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+                              static_cast<int>(p_.head_dim_v), 1.0f);
+  }
+
+  // All lanes are done with it.
+  __device__ __forceinline__ static void release(uint32_t barrier) {
+    __syncwarp();
+    arrive_if(barrier, lane_index() == 0);
+  }
+  // Operands that are the same in every step: told so, the compiler would keep their descriptors, in registers that
+  // there are not.
+  __device__ __forceinline__ Memory this_memory() const { return {opaque(memory_.base)}; }
+  __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
+  __device__ __forceinline__ uint32_t parity() const { return Buffers::parity(step_); }
+
+  const BackwardCall& call_;
+  const BackwardProblem& p_;
+  const Memory memory_;
+  const int warpgroup_, warp_row_;  // the warp's keys begin at warp_row_ of the warpgroup's
+  const float scale_log2_;
+  unsigned step_ = 0, v_block_ = 0;
+  Scores scores_, dprob_;
+  Accumulator<1, ND> dk_, dv_;
+};
+
+template <class T, class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardCall call) {
+  const BackwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  if (threadIdx.x < 64) memory.init_selectors(static_cast<int>(threadIdx.x));
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.dout, &call.statistics}) prefetch(*map);
+    memory.init_barriers();
+  }
+  __syncthreads();
+  const int warp = uniform(warp_index());
+  if (warp < 4) {
+    give_registers_back<Config::kMoverRegisters>();
+    if (warp == 0) BackwardLoader<T, Config>(call, memory).run();
+    if (warp == 1 && lane_index() == 0) keep_turns(call, memory);
+  } else {
+    take_registers<Config::kComputeRegisters>();
+    BackwardComputer<T, Config>(call, memory, warp - 4).run();
+  }
+}
+
+// ---- Host -----------------------------------------------------------------------------------------------------------
+
+template <class Config>
+struct BackwardSpace : cuda::BackwardSpace {
+  uint4* statistics;
+
+  BackwardSpace(const BackwardProblem& p, void* base)
+      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim) {
+    statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
+  }
+};
+
+template <class T>
+void run_backward(const BackwardProblem& problem, const Execution& execution) {
+  using Config = BackwardConfig<FAE_HEAD_DIM>;
+  using Memory = BackwardMemory<T, Config>;
+  const BackwardSpace<Config> space(problem, execution.workspace);
+  const BackwardProblem p = cuda::prepare_backward(problem, space, space.statistics, execution);
+  if (p.dsinks) cuda::compute_dsinks(p, execution);
+
+  // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
+  // together that a key block's slot is free when its successors have begun.
+  GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
+  schedule.group_pairs(ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, schedule.blocks)));
+  schedule.alternate = true;
+
+  const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
+  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
+  const TensorView statistics{space.statistics, 8 * p.delta.stride_batch, 8, 8 * p.delta.stride_head};
+  const auto map = [&](const TensorView& view, int64_t cols, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
+    return make_tensor_map(p.dtype, view, {cols, rows, heads, batch}, box_rows);
+  };
+  const BackwardCall call{
+      p,
+      schedule,
+      PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
+      static_cast<int>(space.query_blocks),
+      space.ticket(),
+      space.turns(),
+      space.dq_partial,
+      map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
+      map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
+      map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
+      map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
+      make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
+  const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
+  cuda::launch("sm90 backward", backward_kernel<T, Config>, cuda::Grid{blocks, Config::kThreads, Memory::kBytes},
+               execution.stream, call);
+}
+
+}  // namespace
+
+template <>
+size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
+  return BackwardSpace<BackwardConfig<FAE_HEAD_DIM>>(p, nullptr).bytes;
+}
+
+template <>
+void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
+  p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16>(p, execution) : run_backward<__half>(p, execution);
+}
+
+}  // namespace fae::sm90

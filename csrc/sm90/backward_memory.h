@@ -1,0 +1,130 @@
+#pragma once
+
+#include "../core/schedule.h"
+#include "../cuda/score_terms.h"
+#include "config.h"
+#include "pipeline.h"
+#include "tile.h"
+
+// What the warps of a thread block of the backward share.
+
+namespace fae::sm90 {
+
+// One call: the problem and what the host has worked out about it.
+struct BackwardCall {
+  BackwardProblem p;
+  GridSchedule key_blocks;    // (batch, KV head, block of keys)
+  PackedBlocks query_blocks;  // packed tensors
+  int query_blocks_per_head;
+  unsigned long long* ticket;  // of key blocks taken
+  int* turns;                  // [head or batch x head][query block]: visitors that are done
+  float* dq_partial;           // the same, by a block's sums in the order of the threads that hold them
+  TensorMap q, k, v, dout;
+  TensorMap statistics;  // cuda/delta.h, `folded`
+};
+
+// A block of keys on its way from the loading warp to those that compute.
+struct alignas(16) KeyBlock {
+  int batch = 0, head_kv = 0, key_begin = 0, steps = 0;  // batch -1: there are no more
+  int q_start = 0, k_start = 0, seqlen_q = 0, seqlen_k = 0;
+  int first = 0, last = 0, unused[2] = {};
+
+  __device__ cuda::DeviceBand band() const {
+    cuda::DeviceBand band;
+    band.seqlen_q = seqlen_q;
+    band.seqlen_k = seqlen_k;
+    band.first = first;
+    band.last = last;
+    return band;
+  }
+};
+
+// A query block that meets the keys, and this visit's place among those to the query block's dQ.
+struct alignas(16) Step {
+  int row_begin = 0, head = 0;
+  int slot = 0;   // of the query block; -1: there are no more
+  int flags = 0;  // and the visit's number from kRank on
+
+  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;  // kEdge << warpgroup: not all of its keys see all rows
+  __device__ int rank() const { return flags >> kRank; }
+  __device__ bool last_visit() const { return flags & kLastVisit; }
+  __device__ bool is_edge(int warpgroup) const { return flags >> warpgroup & kEdge; }
+};
+
+template <class T, class Config>
+struct BackwardMemory {
+  using K = SharedTile<T, kWarpgroupRows, Config::kDim>;  // of one warpgroup
+  using Q = SharedTile<T, Config::kRows, Config::kDim>;
+  using DS = SharedTile<T, Config::kRows, Config::kKeys>;
+  using Buffers = NumberedBuffers<Config::kStages>;
+  using StepBuffers = NumberedBuffers<4>;  // a step is looked at once more during the next
+
+  static constexpr int kKeysBytes = Config::kWarpgroups * K::kBytes, kStatisticsBytes = Config::kRows * 16;
+  static constexpr int kV = kKeysBytes, kQ = 2 * kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
+  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * DS::kBytes;
+  static constexpr int kSelectors = kStatistics + Config::kStages * kStatisticsBytes;
+  static constexpr int kKeyBlock = kSelectors + 2 * 128, kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
+  static constexpr int kBarriers = kSteps + 4 * static_cast<int>(sizeof(Step));
+  static constexpr int kBytes = kBarriers + 8 * (7 + 5 * Config::kStages);
+  static_assert(kBytes <= 227 * 1024);
+  static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
+
+  uint32_t base;
+
+  __device__ K k(int warpgroup) const { return {base + warpgroup * K::kBytes}; }
+  __device__ K v(int warpgroup) const { return {base + kV + warpgroup * K::kBytes}; }
+  __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
+  __device__ Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
+  __device__ DS ds(int stage) const { return {base + kDS + stage * DS::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
+  // Left factors that take -lse / scale, and -delta, from the statistics: 8 equal rows of (1, 1, 1, 0, 0, 0, 0, 0), and
+  // of (0, 0, 0, 1, 1, 1, 0, 0).
+  __device__ uint32_t lse_selector() const { return base + kSelectors; }
+  __device__ uint32_t delta_selector() const { return base + kSelectors + 128; }
+  __device__ uint32_t key_block() const { return base + kKeyBlock; }
+  __device__ uint32_t step(unsigned number) const {
+    return base + kSteps + StepBuffers::stage(number) * static_cast<int>(sizeof(Step));
+  }
+
+  // K and V of a key block are there; are no longer needed.
+  __device__ uint32_t k_full() const { return barrier(0); }
+  __device__ uint32_t k_empty() const { return barrier(1); }
+  __device__ uint32_t v_full() const { return barrier(2); }
+  __device__ uint32_t v_empty() const { return barrier(3); }
+  __device__ uint32_t tail_full() const { return barrier(4); }  // tiles have arrived of which rows must be cleared
+  __device__ uint32_t turn() const { return barrier(5); }       // the step's visit to dQ may begin
+  __device__ uint32_t added() const { return barrier(6); }      // it is over
+  // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; dS is there; likewise.
+  __device__ uint32_t q_full(int stage) const { return barrier(7 + stage); }
+  __device__ uint32_t dout_full(int stage) const { return barrier(7 + Config::kStages + stage); }
+  __device__ uint32_t rows_empty(int stage) const { return barrier(7 + 2 * Config::kStages + stage); }
+  __device__ uint32_t ds_full(int stage) const { return barrier(7 + 3 * Config::kStages + stage); }
+  __device__ uint32_t ds_empty(int stage) const { return barrier(7 + 4 * Config::kStages + stage); }
+
+  __device__ void init_barriers() const {
+    constexpr int kWarps = 4 * Config::kWarpgroups;
+    for (const uint32_t one : {k_full(), v_full(), tail_full(), turn()}) init_barrier(one, 1);
+    for (const uint32_t all : {k_empty(), v_empty(), added()}) init_barrier(all, kWarps);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      init_barrier(q_full(stage), 1);
+      init_barrier(dout_full(stage), 1);
+      init_barrier(rows_empty(stage), kWarps + 1);
+      init_barrier(ds_full(stage), kWarps);
+      init_barrier(ds_empty(stage), kWarps);
+    }
+    fence_barrier_init();
+  }
+
+  // By 64 threads.
+  __device__ void init_selectors(int thread) const {
+    const int pair = thread % 4 * 2, first = thread / 32 * 3;
+    const auto one = [&](int i) { return i >= first && i < first + 3 ? 1.0f : 0.0f; };
+    sm80::store_shared(base + kSelectors + 4 * thread, sm80::pack(one(pair), one(pair + 1), __nv_bfloat16{}));
+    fence_async_proxy();
+  }
+
+ private:
+  __device__ uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
+};
+
+}  // namespace fae::sm90

@@ -1,0 +1,203 @@
+#pragma once
+
+#include <bit>
+
+#include "backward_memory.h"
+#include "tensor_map.h"
+
+// The warps of the backward that do not compute: one loads, another keeps the order of the visits to dQ.
+
+namespace fae::sm90 {
+
+// Takes key blocks and loads K and V, and Q, dO and the statistics of the query blocks that see them.
+template <class T, class Config>
+class BackwardLoader {
+  using Memory = BackwardMemory<T, Config>;
+  using Buffers = typename Memory::Buffers;
+
+ public:
+  __device__ BackwardLoader(const BackwardCall& call, const Memory& memory)
+      : call_(call), p_(call.p), memory_(memory), first_(lane_index() == 0) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (unsigned number = take(); number < call_.key_blocks.size();) {
+      const unsigned next = first_ ? draw() : 0;  // arrives while the block is loaded
+      load(call_.key_blocks[number], call_.key_blocks.is_last_first(number));
+      number = static_cast<unsigned>(uniform(static_cast<int>(next)));
+    }
+    publish({.batch = -1});
+    wait_rows_empty();
+    if (first_) {
+      write_struct(memory_.step(step_), Step{.slot = -1});
+      arrive(memory_.q_full(Buffers::stage(step_)));
+    }
+  }
+
+ private:
+  // Tickets rather than block indices: a thread block waits for visits of lower tickets, which are certain to run.
+  __device__ unsigned draw() const { return static_cast<unsigned>(atomicAdd(call_.ticket, 1ull)); }
+  __device__ unsigned take() const {
+    return static_cast<unsigned>(uniform(first_ ? static_cast<int>(draw()) : 0));
+  }
+
+  __device__ void load(const Tile& tile, bool last_first) {
+    const Sequence s = sequence_of(p_, tile.batch);
+    if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
+    const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
+    const int key = block * Config::kKeys, group = static_cast<int>(p_.heads / p_.heads_kv);
+    const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
+    const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
+    const int first_block = rows.begin / Config::kRows;
+    const int blocks = rows.empty() ? 0 : ceil_div(rows.end, Config::kRows) - first_block;
+    KeyBlock keys;
+    keys.batch = batch;
+    keys.head_kv = static_cast<int>(tile.head);
+    keys.key_begin = key;
+    keys.steps = group * blocks;
+    keys.q_start = static_cast<int>(s.q_start);
+    keys.k_start = static_cast<int>(s.k_start);
+    keys.seqlen_q = band.seqlen_q;
+    keys.seqlen_k = band.seqlen_k;
+    keys.first = band.first;
+    keys.last = band.last;
+    publish(keys);
+    if (blocks == 0) return;
+
+    const int head0 = keys.head_kv * group;
+    const int slot0 = call_.query_blocks.cu_seqlens
+                          ? call_.query_blocks.first(batch)
+                          : batch * static_cast<int>(p_.heads) * call_.query_blocks_per_head;
+#pragma unroll 1
+    for (int head = head0; head < head0 + group; ++head) {
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i) {
+        // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
+        // each follows its predecessor at a distance.
+        const int query_block = first_block + (last_first ? i : blocks - 1 - i);
+        const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
+        const auto visible = band.any(row, row_end), every = band.every(row, row_end);
+        const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
+        const int rank = last_first ? first + visits - 1 - block : block - first;
+        Step step{row, head, slot0 + head * call_.query_blocks_per_head + query_block, rank << Step::kRank};
+        if (rank == visits - 1) step.flags |= Step::kLastVisit;
+        for (int w = 0; w < Config::kWarpgroups; ++w) {
+          const int begin = key + w * kWarpgroupRows;
+          if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << w;
+        }
+        load_rows(keys, step);
+        if (head == head0 && i == 0) load_v(keys);
+      }
+    }
+  }
+
+  __device__ void wait_rows_empty() const {
+    wait(memory_.rows_empty(Buffers::stage(step_)), Buffers::parity(step_) ^ 1);
+  }
+
+  // Tells those that compute about a key block, with K where any rows see it.
+  __device__ void publish(const KeyBlock& keys) {
+    wait(memory_.k_empty(), block_ % 2 ^ 1);
+    if (first_) write_struct(memory_.key_block(), keys);
+    if (keys.batch < 0 || keys.steps == 0) {
+      if (first_) arrive(memory_.k_full());
+    } else {
+      load_keys(keys, call_.k, memory_.k_full(), [&](int w) { return memory_.k(w); });
+    }
+    ++block_;
+  }
+
+  // K or V. Where the tensor goes on after the sequence, what lies there may be NaN.
+  template <class F>
+  __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& tile) {
+    const int valid = keys.seqlen_k - keys.key_begin;
+    const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
+    const uint32_t barrier = tail ? memory_.tail_full() : full;
+    if (first_) {
+      arrive_expecting(barrier, Memory::kKeysBytes);
+      for (int w = 0; w < Config::kWarpgroups; ++w)
+        load_tile(tile(w), map, keys.k_start + keys.key_begin + w * kWarpgroupRows, keys.head_kv,
+                  p_.cu_seqlens_k ? 0 : keys.batch, barrier);
+    }
+    if (!tail) return;
+    wait_tail();
+    for (int w = 0; w < Config::kWarpgroups; ++w)
+      clear_rows(tile(w), min(max(valid - w * kWarpgroupRows, 0), kWarpgroupRows));
+    fence_async_proxy();
+    __syncwarp();
+    if (first_) arrive(full);
+  }
+  __device__ void wait_tail() {
+    wait(memory_.tail_full(), tail_parity_);
+    tail_parity_ ^= 1;
+  }
+
+  __device__ void load_v(const KeyBlock& keys) {
+    wait(memory_.v_empty(), v_block_ % 2 ^ 1);
+    load_keys(keys, call_.v, memory_.v_full(), [&](int w) { return memory_.v(w); });
+    ++v_block_;
+  }
+
+  // Q, dO and the statistics of a step.
+  __device__ void load_rows(const KeyBlock& keys, const Step& step) {
+    const int stage = Buffers::stage(step_), row = keys.q_start + step.row_begin;
+    const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.seqlen_q - step.row_begin;
+    const bool tail = valid < Config::kRows && (p_.cu_seqlens_q || p_.seqused_q);
+    const uint32_t q_barrier = tail ? memory_.tail_full() : memory_.q_full(stage);
+    const uint32_t dout_barrier = tail ? memory_.tail_full() : memory_.dout_full(stage);
+    wait_rows_empty();
+    if (first_) {
+      write_struct(memory_.step(step_), step);
+      constexpr int kBytes = Memory::Q::kBytes + Memory::kStatisticsBytes;
+      arrive_expecting(q_barrier, tail ? kBytes + Memory::Q::kBytes : kBytes);
+      load_box(memory_.statistics(stage), call_.statistics, 0, row, step.head, batch, q_barrier);
+      load_tile(memory_.q(stage), call_.q, row, step.head, batch, q_barrier);
+      if (!tail) arrive_expecting(dout_barrier, Memory::Q::kBytes);
+      load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
+    }
+    if (tail) {
+      wait_tail();
+      clear_rows(memory_.q(stage), valid);
+      clear_rows(memory_.dout(stage), valid);
+      for (int i = valid + lane_index(); i < Config::kRows; i += cuda::kWarpThreads)
+        sm80::store_shared_16_bytes(memory_.statistics(stage) + 16 * i, uint4{0, 0, 0, 0});
+      fence_async_proxy();
+      __syncwarp();
+      if (first_) {
+        arrive(memory_.q_full(stage));
+        arrive(memory_.dout_full(stage));
+      }
+    }
+    ++step_;
+  }
+
+  const BackwardCall& call_;
+  const BackwardProblem& p_;
+  const Memory memory_;
+  const bool first_;  // the lane that talks to the accelerator
+  unsigned step_ = 0, block_ = 0, v_block_ = 0;
+  uint32_t tail_parity_ = 0;
+};
+
+// Waits for this thread block's turn at each query block's dQ, and passes it on. One thread. What other blocks have
+// added is there when `turn` ends its phase, and what this one adds before `added` does when the next visitor begins.
+template <class T, class Config>
+__device__ void keep_turns(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
+  using Buffers = typename BackwardMemory<T, Config>::Buffers;
+#pragma unroll 1
+  for (unsigned number = 0;; ++number) {
+    wait(memory.q_full(Buffers::stage(number)), Buffers::parity(number));
+    const uint4 words = sm80::load_shared_16_bytes(memory.step(number));
+    const Step step = std::bit_cast<Step>(words);
+    if (step.slot < 0) return;
+    arrive(memory.rows_empty(Buffers::stage(number)));
+    int* const done = call.turns + step.slot;
+    while (sm80::load_acquire(done) < step.rank()) {
+    }
+    arrive(memory.turn());
+    wait(memory.added(), number % 2);
+    if (!step.last_visit()) sm80::store_release(done, step.rank() + 1);
+  }
+}
+
+}  // namespace fae::sm90
