@@ -1,7 +1,5 @@
 #pragma once
 
-#include <bit>
-
 #include "backward_memory.h"
 #include "tensor_map.h"
 
@@ -187,8 +185,7 @@ __device__ void keep_turns(const BackwardCall& call, const BackwardMemory<T, Con
 #pragma unroll 1
   for (unsigned number = 0;; ++number) {
     wait(memory.q_full(Buffers::stage(number)), Buffers::parity(number));
-    const uint4 words = sm80::load_shared_16_bytes(memory.step(number));
-    const Step step = std::bit_cast<Step>(words);
+    const Step step = read_struct_alone<Step>(memory.step(number));
     if (step.slot < 0) return;
     arrive(memory.rows_empty(Buffers::stage(number)));
     int* const done = call.turns + step.slot;

@@ -55,7 +55,7 @@ struct NumberedBuffers {
 // The same number in all lanes, as it is; told to the compiler, which then keeps it in a register of the warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// A struct of ints by way of shared memory, from one thread to whole warps.
+// A struct of ints by way of shared memory, from one thread to others, whole warps unless it says otherwise.
 template <class X>
 __device__ __forceinline__ void write_struct(uint32_t address, const X& x) {
   static_assert(sizeof(X) % 16 == 0);
@@ -65,15 +65,21 @@ __device__ __forceinline__ void write_struct(uint32_t address, const X& x) {
   for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) sm80::store_shared_16_bytes(address + 16 * i, words[i]);
 }
 template <class X>
-__device__ __forceinline__ X read_struct(uint32_t address) {
-  int words[sizeof(X) / 4];
+__device__ __forceinline__ X read_struct_alone(uint32_t address) {  // by one thread
+  uint4 words[sizeof(X) / 16];
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) {
-    const uint4 x = sm80::load_shared_16_bytes(address + 16 * i);
-    words[4 * i] = uniform(static_cast<int>(x.x)), words[4 * i + 1] = uniform(static_cast<int>(x.y));
-    words[4 * i + 2] = uniform(static_cast<int>(x.z)), words[4 * i + 3] = uniform(static_cast<int>(x.w));
-  }
+  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) words[i] = sm80::load_shared_16_bytes(address + 16 * i);
   X x;
+  memcpy(static_cast<void*>(&x), words, sizeof(X));
+  return x;
+}
+template <class X>
+__device__ __forceinline__ X read_struct(uint32_t address) {
+  X x = read_struct_alone<X>(address);
+  int words[sizeof(X) / 4];
+  memcpy(words, &x, sizeof(X));
+#pragma unroll
+  for (int& word : words) word = uniform(word);
   memcpy(static_cast<void*>(&x), words, sizeof(X));
   return x;
 }
