@@ -73,8 +73,8 @@ __device__ __forceinline__ float dot(const T* x, const T* y, int64_t size) {
 
 // x as a sum of three numbers of 8 bits each.
 __device__ __forceinline__ void split(float x, __nv_bfloat16 (&parts)[3]) {
-  constexpr float kLimit = 1e38f;  // infinities have no parts
-  x = fminf(fmaxf(x, -kLimit), kLimit);
+  constexpr float kLimit = 1e38f;  // infinities have no parts; NaN stays what it is
+  x = x > kLimit ? kLimit : x < -kLimit ? -kLimit : x;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     parts[i] = __float2bfloat16(x);

@@ -64,24 +64,25 @@ __device__ __forceinline__ void write_struct(uint32_t address, const X& x) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) sm80::store_shared_16_bytes(address + 16 * i, words[i]);
 }
-template <class X>
-__device__ __forceinline__ X read_struct_alone(uint32_t address) {  // by one thread
+template <class X, class Read>
+__device__ __forceinline__ X read_struct_with(uint32_t address, Read&& read) {
   uint4 words[sizeof(X) / 16];
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) words[i] = sm80::load_shared_16_bytes(address + 16 * i);
+  for (int i = 0; i < static_cast<int>(sizeof(X)) / 16; ++i) {
+    const uint4 x = sm80::load_shared_16_bytes(address + 16 * i);
+    words[i] = {read(x.x), read(x.y), read(x.z), read(x.w)};
+  }
   X x;
   memcpy(static_cast<void*>(&x), words, sizeof(X));
   return x;
 }
 template <class X>
 __device__ __forceinline__ X read_struct(uint32_t address) {
-  X x = read_struct_alone<X>(address);
-  int words[sizeof(X) / 4];
-  memcpy(words, &x, sizeof(X));
-#pragma unroll
-  for (int& word : words) word = uniform(word);
-  memcpy(static_cast<void*>(&x), words, sizeof(X));
-  return x;
+  return read_struct_with<X>(address, [](uint32_t x) { return static_cast<uint32_t>(uniform(static_cast<int>(x))); });
+}
+template <class X>
+__device__ __forceinline__ X read_struct_alone(uint32_t address) {  // by one thread
+  return read_struct_with<X>(address, [](uint32_t x) { return x; });
 }
 
 }  // namespace fae::sm90
