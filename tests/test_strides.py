@@ -36,6 +36,7 @@ def test_layout_meets_the_oracle(device: str, dtype: torch.dtype, layout: str) -
     check(Case(batch=2, seqlen_q=140, seqlen_k=275, window_right=0, layout=layout, dtype=dtype), device)
 
 
+@pytest.mark.one_kernel
 @pytest.mark.parametrize("layout", [layout for layout in DOUT_LAYOUTS if layout not in ("contiguous", "scalar")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layout_of_incoming_gradient(device: str, dtype: torch.dtype, case: Case, layout: str) -> None:

@@ -211,7 +211,7 @@ class BackwardComputer {
     const Step step = read_struct<Step>(memory_.step(number));
     float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
                             warpgroup_ * NQ * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-    wait(memory_.turn(), number % 2);
+    wait(memory_.turn(number), Memory::StepBuffers::parity(number));
     if (!step.last_visit()) {
       if (step.rank() > 0) {
 #pragma unroll
@@ -232,7 +232,7 @@ class BackwardComputer {
       }
       write_dq(dq, step);
     }
-    release(memory_.added());
+    release(memory_.added(number));
   }
 
   __device__ __forceinline__ void write_dq(const QueryGradient& dq, const Step& step) const {
@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
     if (warp == 0) BackwardLoader<T, Config>(call, memory).run();
-    if (warp == 1 && lane_index() == 0) keep_turns(call, memory);
+    if (warp == 1 && lane_index() == 0) wait_for_turns(call, memory);
+    if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
     BackwardComputer<T, Config>(call, memory, warp - 4).run();

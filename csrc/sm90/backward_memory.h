@@ -57,15 +57,16 @@ struct BackwardMemory {
   using Q = SharedTile<T, Config::kRows, Config::kDim>;
   using DS = SharedTile<T, Config::kRows, Config::kKeys>;
   using Buffers = NumberedBuffers<Config::kStages>;
-  using StepBuffers = NumberedBuffers<4>;  // a step is looked at once more during the next
+  static constexpr int kStepStages = 4;  // a step is looked at once more during the next
+  using StepBuffers = NumberedBuffers<kStepStages>;
 
   static constexpr int kKeysBytes = Config::kWarpgroups * K::kBytes, kStatisticsBytes = Config::kRows * 16;
   static constexpr int kV = kKeysBytes, kQ = 2 * kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
   static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * DS::kBytes;
   static constexpr int kSelectors = kStatistics + Config::kStages * kStatisticsBytes;
   static constexpr int kKeyBlock = kSelectors + 2 * 128, kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
-  static constexpr int kBarriers = kSteps + 4 * static_cast<int>(sizeof(Step));
-  static constexpr int kBytes = kBarriers + 8 * (7 + 5 * Config::kStages);
+  static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
+  static constexpr int kTurns = 5 + 5 * Config::kStages, kBytes = kBarriers + 8 * (kTurns + 2 * kStepStages);
   static_assert(kBytes <= 227 * 1024);
   static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
 
@@ -92,25 +93,30 @@ struct BackwardMemory {
   __device__ uint32_t v_full() const { return barrier(2); }
   __device__ uint32_t v_empty() const { return barrier(3); }
   __device__ uint32_t tail_full() const { return barrier(4); }  // tiles have arrived of which rows must be cleared
-  __device__ uint32_t turn() const { return barrier(5); }       // the step's visit to dQ may begin
-  __device__ uint32_t added() const { return barrier(6); }      // it is over
   // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; dS is there; likewise.
-  __device__ uint32_t q_full(int stage) const { return barrier(7 + stage); }
-  __device__ uint32_t dout_full(int stage) const { return barrier(7 + Config::kStages + stage); }
-  __device__ uint32_t rows_empty(int stage) const { return barrier(7 + 2 * Config::kStages + stage); }
-  __device__ uint32_t ds_full(int stage) const { return barrier(7 + 3 * Config::kStages + stage); }
-  __device__ uint32_t ds_empty(int stage) const { return barrier(7 + 4 * Config::kStages + stage); }
+  __device__ uint32_t q_full(int stage) const { return barrier(5 + stage); }
+  __device__ uint32_t dout_full(int stage) const { return barrier(5 + Config::kStages + stage); }
+  __device__ uint32_t rows_empty(int stage) const { return barrier(5 + 2 * Config::kStages + stage); }
+  __device__ uint32_t ds_full(int stage) const { return barrier(5 + 3 * Config::kStages + stage); }
+  __device__ uint32_t ds_empty(int stage) const { return barrier(5 + 4 * Config::kStages + stage); }
+  // The step's visit to dQ may begin; is over. Those who keep the order can be ahead, or behind, by two steps.
+  __device__ uint32_t turn(unsigned number) const { return barrier(kTurns + StepBuffers::stage(number)); }
+  __device__ uint32_t added(unsigned number) const { return barrier(kTurns + kStepStages + StepBuffers::stage(number)); }
 
   __device__ void init_barriers() const {
     constexpr int kWarps = 4 * Config::kWarpgroups;
-    for (const uint32_t one : {k_full(), v_full(), tail_full(), turn()}) init_barrier(one, 1);
-    for (const uint32_t all : {k_empty(), v_empty(), added()}) init_barrier(all, kWarps);
+    for (const uint32_t one : {k_full(), v_full(), tail_full()}) init_barrier(one, 1);
+    for (const uint32_t all : {k_empty(), v_empty()}) init_barrier(all, kWarps);
     for (int stage = 0; stage < Config::kStages; ++stage) {
       init_barrier(q_full(stage), 1);
       init_barrier(dout_full(stage), 1);
-      init_barrier(rows_empty(stage), kWarps + 1);
+      init_barrier(rows_empty(stage), kWarps + 2);
       init_barrier(ds_full(stage), kWarps);
       init_barrier(ds_empty(stage), kWarps);
+    }
+    for (int i = 0; i < kStepStages; ++i) {
+      init_barrier(turn(i), 1);
+      init_barrier(added(i), kWarps);
     }
     fence_barrier_init();
   }

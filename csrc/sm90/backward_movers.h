@@ -18,12 +18,10 @@ class BackwardLoader {
       : call_(call), p_(call.p), memory_(memory), first_(lane_index() == 0) {}
 
   __device__ void run() {
+    // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
-    for (unsigned number = take(); number < call_.key_blocks.size();) {
-      const unsigned next = first_ ? draw() : 0;  // arrives while the block is loaded
+    for (unsigned number = take(); number < call_.key_blocks.size(); number = take())
       load(call_.key_blocks[number], call_.key_blocks.is_last_first(number));
-      number = static_cast<unsigned>(uniform(static_cast<int>(next)));
-    }
     publish({.batch = -1});
     wait_rows_empty();
     if (first_) {
@@ -34,9 +32,8 @@ class BackwardLoader {
 
  private:
   // Tickets rather than block indices: a thread block waits for visits of lower tickets, which are certain to run.
-  __device__ unsigned draw() const { return static_cast<unsigned>(atomicAdd(call_.ticket, 1ull)); }
   __device__ unsigned take() const {
-    return static_cast<unsigned>(uniform(first_ ? static_cast<int>(draw()) : 0));
+    return static_cast<unsigned>(uniform(first_ ? static_cast<int>(atomicAdd(call_.ticket, 1ull)) : 0));
   }
 
   __device__ void load(const Tile& tile, bool last_first) {
@@ -177,10 +174,13 @@ class BackwardLoader {
   uint32_t tail_parity_ = 0;
 };
 
-// Waits for this thread block's turn at each query block's dQ, and passes it on. One thread. What other blocks have
-// added is there when `turn` ends its phase, and what this one adds before `added` does when the next visitor begins.
-template <class T, class Config>
-__device__ void keep_turns(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
+// dQ of a query block belongs to one visitor after the other. Two threads keep the order, one that waits for this thread
+// block's turns and one that passes them on: the release of one takes as long as half a step, and must not hold up the
+// next.
+
+// f(step, number) for every step of the thread block. One thread.
+template <class T, class Config, class F>
+__device__ __forceinline__ void for_each_step(const BackwardMemory<T, Config>& memory, F&& f) {
   using Buffers = typename BackwardMemory<T, Config>::Buffers;
 #pragma unroll 1
   for (unsigned number = 0;; ++number) {
@@ -188,13 +188,30 @@ __device__ void keep_turns(const BackwardCall& call, const BackwardMemory<T, Con
     const Step step = read_struct_alone<Step>(memory.step(number));
     if (step.slot < 0) return;
     arrive(memory.rows_empty(Buffers::stage(number)));
-    int* const done = call.turns + step.slot;
-    while (sm80::load_acquire(done) < step.rank()) {
-    }
-    arrive(memory.turn());
-    wait(memory.added(), number % 2);
-    if (!step.last_visit()) sm80::store_release(done, step.rank() + 1);
+    f(step, number);
   }
+}
+
+// What other blocks have added is there when `turn` ends its phase.
+template <class T, class Config>
+__device__ void wait_for_turns(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
+  for_each_step(memory, [&](const Step& step, unsigned number) {
+    if (step.rank() > 0) {
+      const int* const done = call.turns + step.slot;
+      while (sm80::load_acquire(done) < step.rank()) {
+      }
+    }
+    arrive(memory.turn(number));
+  });
+}
+
+// What this one has added before `added` ends its phase is there for the next visitor.
+template <class T, class Config>
+__device__ void pass_turns_on(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
+  for_each_step(memory, [&](const Step& step, unsigned number) {
+    wait(memory.added(number), BackwardMemory<T, Config>::StepBuffers::parity(number));
+    if (!step.last_visit()) sm80::store_release(call.turns + step.slot, step.rank() + 1);
+  });
 }
 
 }  // namespace fae::sm90
