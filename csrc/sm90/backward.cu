@@ -74,8 +74,7 @@ class BackwardComputer {
     Fragments p, ds;
     make_fragments(p, ds);
     store_ds(ds);
-    QueryGradient dq;
-    if constexpr (!kFirst) start_dq(dq, step_ - 1);
+    if constexpr (!kFirst) start_dq(step_ - 1);
     fence_registers(p);
     fence_registers(ds);
     fence_registers(dv_.x[0]);
@@ -87,16 +86,16 @@ class BackwardComputer {
     commit_products();
     if constexpr (!kFirst) {
       wait_products<1>();
-      finish_dq(dq, step_ - 1);
+      finish_dq(step_ - 1);
     }
     if constexpr (kLast) {
       wait_products<0>();
       fence_registers(dv_.x[0]);
       fence_registers(dk_.x[0]);
       release(memory_.rows_empty(stage()));
-      start_dq(dq, step_);
+      start_dq(step_);
       wait_products<0>();
-      finish_dq(dq, step_);
+      finish_dq(step_);
       ++step_;
     } else {
       const uint32_t rows_empty = memory_.rows_empty(stage());
@@ -156,15 +155,15 @@ class BackwardComputer {
   __device__ __forceinline__ void make_fragments(Fragments& p, Fragments& ds) {
     scores_.for_each(
         [&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+    pack(dprob_, ds);
+    pack(scores_, p);
+  }
+  __device__ __forceinline__ static void pack(const Scores& x, Fragments& fragments) {
 #pragma unroll
     for (int k = 0; k < Config::kRows / 16; ++k) {
-      const sm80::FragmentA<T> of_ds = sm80::as_left_operand<T>(dprob_.transpose, 0, k);
-      const sm80::FragmentA<T> of_p = sm80::as_left_operand<T>(scores_.transpose, 0, k);
+      const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(x.transpose, 0, k);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[k][i] = of_ds.x[i];
-        p[k][i] = of_p.x[i];
-      }
+      for (int i = 0; i < 4; ++i) fragments[k][i] = fragment.x[i];
     }
   }
 
@@ -182,13 +181,21 @@ class BackwardComputer {
 
   // ---- dQ -----------------------------------------------------------------------------------------------------------
 
-  // This warpgroup's share of dQ^T: 64 columns of dQ by kQueryRows of the rows.
-  using QueryGradient = Accumulator<1, NQ>;
+  // This warpgroup's share of dQ^T, an accumulator of 64 columns of dQ by kQueryRows of the rows. Where it is as large as
+  // S, it takes the registers of S: otherwise the compiler finds too few for it beside the fragments, which fit into
+  // those of dP.
+  using QueryGradient = float[NQ][4];
+  __device__ __forceinline__ QueryGradient& dq() {
+    if constexpr (Config::kSharesDim)
+      return scores_.transpose.x[0];
+    else
+      return dq_;
+  }
   __device__ __forceinline__ int dq_row() const { return Config::kSharesDim ? 0 : warpgroup_ * Config::kQueryRows; }
   __device__ __forceinline__ int dq_col() const { return Config::kSharesDim ? warpgroup_ * 64 : 0; }
 
   // dQ^T = K^T dS^T.
-  __device__ __forceinline__ void start_dq(QueryGradient& dq, unsigned number) const {
+  __device__ __forceinline__ void start_dq(unsigned number) {
     using DS = typename Memory::DS;
     constexpr int kKeySteps = kWarpgroupRows / 16;
     const int buffer = Buffers::stage(number);
@@ -199,14 +206,15 @@ class BackwardComputer {
 #pragma unroll
     for (int k = 0; k < Config::kKeys / 16; ++k)
       multiply_async<true>(
-          dq.x[0], keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
+          dq(), keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
           ds.at(k / kKeySteps * DS::kRows * cuda::kSwizzleBytes + k % kKeySteps * 32), k > 0, T{});
     commit_products();
   }
 
   // Adds to what earlier visitors have left, or ends the sum.
-  __device__ __forceinline__ void finish_dq(QueryGradient& dq, unsigned number) const {
-    fence_registers(dq.x[0]);
+  __device__ __forceinline__ void finish_dq(unsigned number) {
+    QueryGradient& dq = this->dq();
+    fence_registers(dq);
     release(memory_.ds_empty(Buffers::stage(number)));
     const Step step = read_struct<Step>(memory_.step(number));
     float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
@@ -216,18 +224,18 @@ class BackwardComputer {
       if (step.rank() > 0) {
 #pragma unroll
         for (int n = 0; n < NQ; ++n)
-          sm80::add_to_global(reinterpret_cast<float*>(partial + n * kWarpgroupThreads), dq.x[0][n]);
+          sm80::add_to_global(reinterpret_cast<float*>(partial + n * kWarpgroupThreads), dq[n]);
       } else {
 #pragma unroll
         for (int n = 0; n < NQ; ++n)
-          partial[n * kWarpgroupThreads] = {dq.x[0][n][0], dq.x[0][n][1], dq.x[0][n][2], dq.x[0][n][3]};
+          partial[n * kWarpgroupThreads] = {dq[n][0], dq[n][1], dq[n][2], dq[n][3]};
       }
     } else {
       if (step.rank() > 0) {
 #pragma unroll
         for (int n = 0; n < NQ; ++n) {
           const float4 others = __ldcg(partial + n * kWarpgroupThreads);
-          dq.x[0][n][0] += others.x, dq.x[0][n][1] += others.y, dq.x[0][n][2] += others.z, dq.x[0][n][3] += others.w;
+          dq[n][0] += others.x, dq[n][1] += others.y, dq[n][2] += others.z, dq[n][3] += others.w;
         }
       }
       write_dq(dq, step);
@@ -250,7 +258,7 @@ class BackwardComputer {
 #pragma unroll
         for (int i = 0; i < 4 && n + i < NQ; ++i)
           words[i] = transpose_matrix(
-              sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
+              sm80::pack(dq[n + i][2 * half] * scale, dq[n + i][2 * half + 1] * scale, T{}));
         const uint4 chunk = sm80::quad_transpose(words);
         const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
         if (number < NQ && begin + row < keys.seqlen_q && col < static_cast<int>(p_.head_dim))
@@ -289,6 +297,7 @@ class BackwardComputer {
   const float scale_log2_;
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
+  QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
 

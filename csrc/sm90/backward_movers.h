@@ -198,8 +198,9 @@ __device__ void wait_for_turns(const BackwardCall& call, const BackwardMemory<T,
   for_each_step(memory, [&](const Step& step, unsigned number) {
     if (step.rank() > 0) {
       const int* const done = call.turns + step.slot;
-      while (sm80::load_acquire(done) < step.rank()) {
+      while (sm80::load_relaxed(done) < step.rank()) {
       }
+      sm80::load_acquire(done);
     }
     arrive(memory.turn(number));
   });
