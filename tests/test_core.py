@@ -150,8 +150,8 @@ def test_grid_schedule_covers_every_tile_once() -> None:
         lengths = [rng.randint(0, 40) for _ in range(batch)] if problem % 2 else [rng.randint(0, 40)] * batch
         starts = [sum(lengths[:b]) for b in range(batch + 1)]
         packed = starts if problem % 2 else []
-        group, last_first = rng.randint(1, 7), rng.random() < 0.5
-        tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, last_first)
+        group, order = rng.randint(1, 7), rng.choice(("first", "last", "alternate"))
+        tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, order)
         # Numbers of a packed schedule that lie past a sequence's end are passed over by kernels.
         tiles = [tuple(tile) for tile in tiles if 0 <= tile[2] < math.ceil(lengths[tile[0]] / block_rows)]
         expected = {(b, h, r) for b in range(batch) for h in range(heads) for r in range(-(-lengths[b] // block_rows))}
@@ -160,6 +160,7 @@ def test_grid_schedule_covers_every_tile_once() -> None:
         # What takes turns relies on it: a head's blocks come in order.
         for b, h in {tile[:2] for tile in tiles}:
             blocks = [tile[2] for tile in tiles if tile[:2] == (b, h)]
+            last_first = h % 2 == 0 and heads % 2 == 0 if order == "alternate" else order == "last"
             assert blocks == sorted(blocks, reverse=last_first)
 
 
@@ -168,7 +169,7 @@ def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:
     for _ in range(PROBLEMS):
         batch = rng.randint(1, 5)
         starts = [rng.randint(-50, 300) for _ in range(batch + 1)]
-        for b, h, _ in core.grid_schedule(batch, 2, 0, 16, starts, 200, 1, False):
+        for b, h, _ in core.grid_schedule(batch, 2, 0, 16, starts, 200, 1, rng.choice(("first", "alternate"))):
             assert 0 <= b < batch
             assert 0 <= h < 2
 

@@ -69,7 +69,7 @@ struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them do not launch
   uint32_t pairs = 0, heads = 0, blocks = 0, group = 1;
   bool last_first = false;
-  bool alternate = false;  // groups have their last block first in turns, and the last group its first one
+  bool alternate = false;  // groups of even heads, last block first, and of odd heads, first block first, take turns
   PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
@@ -87,22 +87,31 @@ struct GridSchedule {
   FAE_INLINE void group_pairs(int64_t count) {
     group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
   }
-  FAE_INLINE int64_t size() const { return tasks; }
-  // Whether the blocks of the group that a number falls into are counted from the end.
-  FAE_INLINE bool is_last_first(uint32_t index) const {
-    return last_first || (alternate && ((pairs - 1) / group - index / (group * blocks)) % 2 != 0);
+  // A head's order follows from its number alone, so that its results do not depend on what else there is. Where heads
+  // cannot be paired, all have their first block first.
+  FAE_INLINE void alternate_heads() {
+    alternate = heads % 2 == 0;
+    if (alternate && group > pairs / 2) group = pairs / 2;
   }
+  FAE_INLINE int64_t size() const { return tasks; }
+  FAE_INLINE bool is_last_first(int64_t head) const { return alternate ? head % 2 == 0 : last_first; }
+
   FAE_INLINE Tile operator[](uint32_t index) const {
-    const uint32_t first = index / (group * blocks) * group;
-    const uint32_t in_group = pairs - first < group ? pairs - first : group;
-    const uint32_t rest = index - first * blocks, number = rest / in_group, pair = first + (rest - number * in_group);
-    const uint32_t block = is_last_first(index) ? blocks - 1 - number : number;
+    // With alternate heads, a group of even ones is followed by one of as many odd ones.
+    const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * blocks;
+    const uint32_t first = index / whole * group, in_group = all - first < group ? all - first : group;
+    uint32_t rest = index % whole;
+    const uint32_t parity = rest / (in_group * blocks);
+    rest -= parity * in_group * blocks;
+    const uint32_t number = rest / in_group, member = first + (rest - number * in_group), per_batch = heads / parities;
+    const uint32_t batch = member / per_batch, head = (member - batch * per_batch) * parities + parity;
+    const uint32_t block = is_last_first(head) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
       Tile tile = packed[static_cast<int32_t>(block)];
-      tile.head = pair;
+      tile.head = head;
       return tile;
     }
-    return {pair / heads, pair % heads, block};
+    return {batch, head, block};
   }
 };
 

@@ -58,18 +58,20 @@ void bind_schedule(py::module_& m) {
   m.def(
       "grid_schedule",
       [](int64_t batch, int64_t heads, int64_t seqlen, int64_t block_rows, const std::vector<int32_t>& cu_seqlens,
-         int64_t total, int64_t group, bool last_first) {
+         int64_t total, int64_t group, const std::string& order) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
         schedule.group_pairs(group);
-        schedule.last_first = last_first;
+        schedule.last_first = order == "last";
+        if (order == "alternate") schedule.alternate_heads();
         std::vector<std::array<int64_t, 3>> tiles;
         for (int64_t i = 0; i < schedule.size(); ++i)
           tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
         return tiles;
       },
-      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "last_first"_a,
-      "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty");
+      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "order"_a,
+      "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty. order: 'first' or "
+      "'last' block of a head first, or 'alternate'.");
 }
 
 void bind_dropout(py::module_& m) {

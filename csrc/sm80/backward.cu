@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
   const Tile tile = call.key_blocks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
-  BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.key_blocks.is_last_first(number), sequence).run();
+  BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.key_blocks.is_last_first(tile.head), sequence).run();
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
   schedule.group_pairs(ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
-  schedule.alternate = true;
+  schedule.alternate_heads();
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
                           schedule,

@@ -346,7 +346,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   // together that a key block's slot is free when its successors have begun.
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
   schedule.group_pairs(ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, schedule.blocks)));
-  schedule.alternate = true;
+  schedule.alternate_heads();
 
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;

@@ -21,7 +21,7 @@ class BackwardLoader {
     // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
     for (unsigned number = take(); number < call_.key_blocks.size(); number = take())
-      load(call_.key_blocks[number], call_.key_blocks.is_last_first(number));
+      load(call_.key_blocks[number]);
     publish({.batch = -1});
     wait_rows_empty();
     if (first_) {
@@ -36,7 +36,8 @@ class BackwardLoader {
     return static_cast<unsigned>(uniform(first_ ? static_cast<int>(atomicAdd(call_.ticket, 1ull)) : 0));
   }
 
-  __device__ void load(const Tile& tile, bool last_first) {
+  __device__ void load(const Tile& tile) {
+    const bool last_first = call_.key_blocks.is_last_first(tile.head);
     const Sequence s = sequence_of(p_, tile.batch);
     if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);

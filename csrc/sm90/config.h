@@ -68,6 +68,6 @@ struct BackwardConfig;
 template <>
 struct BackwardConfig<64> : BackwardTile<128, 64> {};
 template <>
-struct BackwardConfig<128> : BackwardTile<64, 128> {};
+struct BackwardConfig<128> : BackwardTile<80, 128> {};
 
 }  // namespace fae::sm90
