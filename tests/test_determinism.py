@@ -52,20 +52,27 @@ def test_repeated_runs(device: str, dtype: torch.dtype, case: Case) -> None:
         assert_equal(case.but(dtype=dtype).run_ours(inputs), expected)
 
 
+def names_that_keep_their_bits(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Results of a sequence that do not depend on what else is in the batch.
+
+    On the CPU, partial sums of gradients follow the shape of the whole call.
+    """
+    cpu = request.node.callspec.id.startswith("cpu")
+    return ("out", "lse") if cpu else ("out", "lse", "dq", "dk", "dv")
+
+
 @pytest.mark.parametrize(
     "case",
     [
         Case(batch=3, seqlen_q=70, seqlen_k=150, window_right=0, softcap=3.0, bias="bhqk", sinks=True),
         Case(batch=3, seqlen_q=1, seqlen_k=1500, head_dim=64),
         Case(batch=3, seqlen_q=300, seqlen_k=300, head_dim=64, alibi="bh", mask="b11k"),
+        Case(batch=3, seqlen_q=300, seqlen_k=300, heads=4, heads_kv=2, head_dim=128, window_right=0),
     ],
     ids=str,
 )
-def test_batch_invariance(device: str, dtype: torch.dtype, case: Case) -> None:
-    """A sequence has the same bits alone as in a batch (dropout numbers the batch, and is left out).
-
-    Only the forward pass promises that: the backward's partial sums follow the shape of the whole call.
-    """
+def test_batch_invariance(device: str, dtype: torch.dtype, case: Case, request: pytest.FixtureRequest) -> None:
+    """A sequence has the same bits alone as in a batch (dropout numbers the batch, and is left out)."""
     case = case.but(dtype=dtype)
     inputs = case.make(device)
     together = case.run_ours(inputs)
@@ -75,6 +82,36 @@ def test_batch_invariance(device: str, dtype: torch.dtype, case: Case) -> None:
             name: t if t is None or name in shared else t[b : b + 1].contiguous() for name, t in inputs.items()
         }
         alone = case.but(batch=1).run_ours(one)
-        for name, t in alone.items():
-            if name in ("out", "lse"):
-                assert torch.equal(together[name][b : b + 1], t), name
+        for name in names_that_keep_their_bits(request):
+            assert torch.equal(together[name][b : b + 1], alone[name]), name
+
+
+@pytest.mark.parametrize("window_right", [None, 0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packing_invariance(
+    device: str, dtype: torch.dtype, head_dim: int, window_right: int | None, request: pytest.FixtureRequest
+) -> None:
+    """A sequence has the same bits alone as packed between others."""
+    lengths = (33, 300, 190)
+    case = Case(
+        lengths_q=lengths,
+        lengths_k=lengths,
+        heads=4,
+        heads_kv=2,
+        head_dim=head_dim,
+        window_right=window_right,
+        dtype=dtype,
+    )
+    inputs = case.make(device)
+    packed = case.run_ours(inputs)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        one = {name: inputs[name][rows].unsqueeze(0) for name in ("q", "k", "v", "dout")}
+        one["dlse"] = inputs["dlse"][:, rows].unsqueeze(0)
+        alone_case = case.but(lengths_q=None, lengths_k=None, batch=1, seqlen_q=length, seqlen_k=length)
+        alone = alone_case.run_ours(dict.fromkeys(inputs) | one)
+        for name in names_that_keep_their_bits(request):
+            mine = packed[name][:, rows] if name == "lse" else packed[name][rows]
+            assert torch.equal(mine, alone[name][0]), (name, length)
+        start += length
