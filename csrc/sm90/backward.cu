@@ -206,7 +206,8 @@ class BackwardComputer {
     release(memory_.ds_empty(Buffers::stage(number)));
     const Step step = read_struct<Step>(memory_.step(number));
     wait_for_turn(memory_, number);
-    visit_dq(call_, memory_, dq, number, step, warpgroup_, [&](const QueryGradient& sum) { write_dq(sum, step); });
+    visit_dq<Config>(call_, dq, step, warpgroup_ * NQ, [&](const QueryGradient& sum) { write_dq(sum, step); });
+    release(memory_.added(number));
   }
 
   __device__ __forceinline__ void write_dq(const QueryGradient& dq, const Step& step) const {
@@ -278,8 +279,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    using Computer =
-        std::conditional_t<Config::kWide, WideBackwardComputer<T, Config>, BackwardComputer<T, Config>>;
+    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config>, BackwardComputer<T, Config>>;
     Computer(call, memory, warp - 4).run();
   }
 }

@@ -45,7 +45,8 @@ struct alignas(16) Step {
   int slot = 0;   // of the query block; -1: there are no more
   int flags = 0;  // and the visit's number from kRank on
 
-  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;  // kEdge << piece of 64 keys: some row does not see them all
+  // kEdge << piece: some row does not see all of these 64 keys.
+  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;
   __device__ int rank() const { return flags >> kRank; }
   __device__ bool last_visit() const { return flags & kLastVisit; }
   __device__ bool is_edge(int piece) const { return flags >> piece & kEdge; }

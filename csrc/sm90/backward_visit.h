@@ -21,15 +21,15 @@ __device__ __forceinline__ void wait_for_turn(const BackwardMemory<T, Config>& m
   wait(memory.turn(number), BackwardMemory<T, Config>::StepBuffers::parity(number));
 }
 
-// In its turn, adds a warpgroup's share of a step's dQ to what earlier visitors have left; the last visitor takes what
-// they have left, and then write(dq) has the sum.
-template <class T, class Config, int N, class Write>
-__device__ __forceinline__ void visit_dq(const BackwardCall& call, const BackwardMemory<T, Config>& memory,
-                                         Accumulator<1, N>& dq, unsigned number, const Step& step, int warpgroup,
+// In the step's turn, adds a warpgroup's part of dQ to what earlier visitors have left; the last visitor takes what
+// they have left, and then write(dq) has the sum. `piece` numbers the pieces of 64 rows by 8 columns (or the other way
+// round) of the query block, from this part's first one on.
+template <class Config, int N, class Write>
+__device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1, N>& dq, const Step& step, int piece,
                                          Write&& write) {
   float4* const partial =
       reinterpret_cast<float4*>(call.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
-      warpgroup * N * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+      piece * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   if (!step.last_visit()) {
     if (step.rank() > 0) {
 #pragma unroll
@@ -50,7 +50,6 @@ __device__ __forceinline__ void visit_dq(const BackwardCall& call, const Backwar
     }
     write(dq);
   }
-  release(memory.added(number));
 }
 
 }  // namespace fae::sm90

@@ -45,6 +45,7 @@ class WideBackwardComputer {
   __device__ __forceinline__ void walk(int steps) {
     start_scores(step_);
     wait(memory_.v_full(), v_block_++ % 2);
+    wait_for_dout(step_);
     start_dprob(step_);
     wait_products<1>();
     finish_scores(step_);
@@ -61,24 +62,26 @@ class WideBackwardComputer {
     store_scores();
     if constexpr (!kLast) start_scores(step_ + 1);
     wait(memory_.ds_full(stage()), Buffers::parity(step_));
-    QueryGradient dq;
-    start_dq(dq);
     start_gradient();
+    Accumulator<1, kFirstCols / 8> first;
+    Accumulator<1, kMoreCols / 8> more;
+    start_dq(first, first_col());
+    start_dq(more, more_col());
     if constexpr (!kLast) {
-      wait_products<2>();
+      wait_products<3>();
       finish_scores(step_ + 1);
+      wait_for_dout(step_ + 1);
     }
-    wait_for_turn(memory_, step_);
-    wait_products<1>();
-    finish_dq(dq);
-    if constexpr (!kLast) {
-      start_dprob(step_ + 1);
-      wait_products<1>();
-    } else {
-      wait_products<0>();
-    }
+    wait_products<2>();
     fence_registers(gradient_.x[0]);
     release(memory_.rows_empty(stage()));
+    wait_for_turn(memory_, step_);
+    wait_products<1>();
+    finish_dq(first, warpgroup_ * NQ, first_col());
+    if constexpr (!kLast) start_dprob(step_ + 1);
+    wait_products<kLast ? 0 : 1>();
+    finish_dq(more, warpgroup_ * NQ + kFirstCols / 8, more_col());
+    release(memory_.added(step_));
     if constexpr (!kLast) {
       wait_products<0>();
       fence_registers(dprob_.transpose.x[0]);
@@ -93,9 +96,11 @@ class WideBackwardComputer {
     const Memory memory = this_memory();
     start_product(scores_, memory.lse_selector(), memory.k(0), memory.q(stage), memory.statistics(stage));
   }
+  __device__ __forceinline__ void wait_for_dout(unsigned number) const {
+    wait(memory_.dout_full(Buffers::stage(number)), Buffers::parity(number));
+  }
   __device__ __forceinline__ void start_dprob(unsigned number) {
     const int stage = Buffers::stage(number);
-    wait(memory_.dout_full(stage), Buffers::parity(number));
     const Memory memory = this_memory();
     start_product(dprob_, memory.delta_selector(), memory.v(0), memory.dout(stage), memory.statistics(stage));
   }
@@ -125,8 +130,7 @@ class WideBackwardComputer {
   // P^T and dS^T to where both warpgroups find them. Those of two steps before are no longer needed: the other
   // warpgroup, too, has been seen to store those of one step before.
   __device__ __forceinline__ void store_scores() {
-    scores_.for_each(
-        [&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+    scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
     const int lane = opaque(lane_index());
     const uint32_t first = memory_.ds(stage()).address(warp_row_ + lane % 16, 0);
 #pragma unroll
@@ -153,17 +157,17 @@ class WideBackwardComputer {
 
   // ---- dQ -----------------------------------------------------------------------------------------------------------
 
-  // This warpgroup's columns of dQ: 64, and so many more further on that a product takes them as its next ones.
-  using QueryGradient = Accumulator<1, NQ>;
+  // This warpgroup's columns: 64 of the first 128, and half of the others. Half of the sum is added to what others have
+  // left while the other half is computed.
   static constexpr int kFirstCols = 64, kMoreCols = Config::kQueryCols - kFirstCols;
   __device__ __forceinline__ int first_col() const { return warpgroup_ * kFirstCols; }
   __device__ __forceinline__ int more_col() const { return 2 * kFirstCols + warpgroup_ * kMoreCols; }
 
-  // dQ = dS K.
-  __device__ __forceinline__ void start_dq(QueryGradient& dq) const {
+  // dQ = dS K, columns from `col` on.
+  template <int N>
+  __device__ __forceinline__ void start_dq(Accumulator<1, N>& dq, int col) const {
     const Memory memory = this_memory();
-    const uint32_t first = memory.k(0).address(0, first_col());
-    const Descriptor ds(memory.ds(stage()).base), keys(first, static_cast<int>(memory.k(0).address(0, more_col()) - first));
+    const Descriptor ds(memory.ds(stage()).base), keys(memory.k(0).address(0, col));
     begin_products();
 #pragma unroll
     for (int k = 0; k < Config::kKeys / 16; ++k)
@@ -172,27 +176,16 @@ class WideBackwardComputer {
     commit_products();
   }
 
-  __device__ __forceinline__ void finish_dq(QueryGradient& dq) const {
+  template <int N>
+  __device__ __forceinline__ void finish_dq(Accumulator<1, N>& dq, int piece, int col) const {
     fence_registers(dq.x[0]);
     const Step step = read_struct<Step>(memory_.step(step_));
-    visit_dq(call_, memory_, dq, step_, step, warpgroup_, [&](const QueryGradient& sum) {
-      write_dq<0, kFirstCols / 8>(sum, step, first_col());
-      write_dq<kFirstCols / 8, kMoreCols / 8>(sum, step, more_col());
+    visit_dq<Config>(call_, dq, step, piece, [&](const Accumulator<1, N>& sum) {
+      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+      const int begin = step.row_begin + warp_row_;
+      sm80::write_rows<T, true>(sum, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.seqlen_q - begin, col,
+                                static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     });
-  }
-
-  // N eight columns of the sum, whose place in dQ begins at `col`.
-  template <int kFirst, int N>
-  __device__ __forceinline__ void write_dq(const QueryGradient& sum, const Step& step, int col) const {
-    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    Accumulator<1, N> part;
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part.x[0][n][i] = sum.x[0][kFirst + n][i];
-    const int begin = step.row_begin + warp_row_;
-    sm80::write_rows<T, true>(part, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.seqlen_q - begin, col,
-                              static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
   }
 
   // ---- The end of a key block ---------------------------------------------------------------------------------------
