@@ -17,7 +17,8 @@ constexpr int kRows = 72, kCols = 128, kHeads = 2;  // of the tensor: a box of 6
 struct PrimitivesCall {
   TensorMap in, out;
   int row;
-  float *straight, *transposed;  // [64][64]: A A^T, A A for the square A of the first 64 columns
+  float *straight, *transposed, *shared;  // [64][64]: A A^T, A A, A A for the square A of the first 64 columns
+  float* half;                            // [64][32]: A^T times the right half of A
 };
 
 // One warpgroup: loads rows of head 1, multiplies them, stores them back as head 0 of another tensor.
@@ -46,10 +47,25 @@ void primitives_kernel(const PrimitivesCall call) {
   o.fill(0);
   start_transposed(o, fragments, square);
   wait_products<0>();
+  // Factors that lie in shared memory by columns, and one that begins in the middle of its lines.
+  Accumulator<1, 8> shared;
+  shared.fill(0);
+  multiply_transposed(shared, square, square);
+  Accumulator<1, 4> right_half;
+  const Descriptor left(square.base), right(square.address(0, 32));
+  for (int k = 0; k < 4; ++k)
+    multiply_async<true, true>(right_half.x[0], left.at(k * 16 * cuda::kSwizzleBytes),
+                               right.at(k * 16 * cuda::kSwizzleBytes), k > 0, T{});
+  commit_products();
+  wait_products<0>();
+  right_half.for_each([&](int m, int half, int n, int e) {
+    call.half[(warp_index() * 16 + s.row(m, half)) * 32 + s.col(n, e)] = right_half.at(m, half, n, e);
+  });
   s.for_each([&](int m, int half, int n, int e) {
     const int i = (warp_index() * 16 + s.row(m, half)) * 64 + s.col(n, e);
     call.straight[i] = s.at(m, half, n, e);
     call.transposed[i] = o.at(m, half, n, e);
+    call.shared[i] = shared.at(m, half, n, e);
   });
 
   if (threadIdx.x == 0) {
@@ -73,21 +89,24 @@ extern "C" FAE_API int fae_check_sm90_primitives() {
     const auto map = [&](std::vector<T>& data) {
       return make_tensor_map(DType::bfloat16, {data.data(), 0, kHeads * kCols, kCols}, {kCols, kRows, kHeads, 1}, 64);
     };
-    std::vector<float> straight(64 * 64), transposed(64 * 64);
-    const PrimitivesCall call{map(in), map(out), first, straight.data(), transposed.data()};
+    std::vector<float> straight(64 * 64), transposed(64 * 64), shared(64 * 64), half(64 * 32);
+    const PrimitivesCall call{map(in), map(out), first, straight.data(), transposed.data(), shared.data(), half.data()};
     emulator::run_grid("primitives", 1, 128, 64 * kCols * 2 + 8, [&] { primitives_kernel(call); });
     const auto a = [&](int row, int col) {
       return first + row < kRows ? __bfloat162float(in[index(first + row, 1, col)]) : 0.0f;
     };
     for (int i = 0; i < 64; ++i)
       for (int j = 0; j < 64; ++j) {
-        float by_rows = 0, by_columns = 0;
+        float by_rows = 0, by_columns = 0, both_by_columns = 0;
         for (int k = 0; k < 64; ++k) {
           by_rows += a(i, k) * a(j, k);
           by_columns += a(i, k) * a(k, j);
+          both_by_columns += a(k, i) * a(k, j);
         }
         if (straight[i * 64 + j] != by_rows) return 1;
         if (transposed[i * 64 + j] != by_columns) return 2;
+        if (shared[i * 64 + j] != by_columns) return 5;
+        if (j >= 32 && half[i * 32 + j - 32] != both_by_columns) return 6;
       }
     for (int row = first; row < kRows && row < first + 64; ++row)
       for (int col = 0; col < kCols; ++col) {

@@ -167,7 +167,7 @@ struct ProductOperands {
   bool accumulate;
 };
 
-template <class T, bool kTransposedA, int N>
+template <class T, bool kTransposedA, bool kTransposedB, int N>
 void start_product(const ProductOperands<N>& operands) {
   emulator::warp_operation(
       "wgmma",
@@ -202,20 +202,20 @@ void start_product(const ProductOperands<N>& operands) {
                 [&](int i, int k) {
                   return kTransposedA ? a.transposed<T>(step.row + i, k) : a.straight<T>(step.row + i, k);
                 },
-                [&](int j, int k) { return b.straight<T>(j, k); });
+                [&](int j, int k) { return kTransposedB ? b.transposed<T>(j, k) : b.straight<T>(j, k); });
           }
         });
       },
       &operands, nullptr);
 }
 
-template <bool kTransposedA = false, class T, int N>
+template <bool kTransposedA = false, bool kTransposedB = false, class T, int N>
 void multiply_async(float (&d)[N][4], uint64_t a, uint64_t b, bool accumulate, T) {
-  start_product<T, kTransposedA, N>({&d[0][0], nullptr, a, b, accumulate});
+  start_product<T, kTransposedA, kTransposedB, N>({&d[0][0], nullptr, a, b, accumulate});
 }
 template <class T, int N>
 void multiply_async(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
-  start_product<T, false, N>({&d[0][0], a, 0, b, accumulate});
+  start_product<T, false, true, N>({&d[0][0], a, 0, b, accumulate});
 }
 
 }  // namespace fae::sm90

@@ -13,8 +13,6 @@
 namespace fae::sm90 {
 namespace {
 
-constexpr int64_t kMaxBackwardDim = 128;
-
 // Calls run with the smallest head dim tile that holds a call's head dims, as a constant.
 template <class F>
 auto with_head_dim(const Problem& p, F&& run) {
@@ -67,8 +65,6 @@ std::vector<std::string> declines(const Problem& p) {
 
 std::vector<std::string> declines_backward(const BackwardProblem& p) {
   std::vector<std::string> reasons = declines(p);
-  if (std::max(p.head_dim, p.head_dim_v) > kMaxBackwardDim)
-    reasons.push_back("its backward takes head dims up to " + std::to_string(kMaxBackwardDim));
   if (!cuda::plain_scores(p))
     reasons.push_back(
         "its backward takes neither softcap, alibi_slopes, bias, mask and dropout nor a softmax_scale of 0 or less");
@@ -91,19 +87,12 @@ void forward(const Problem& p, const Execution& execution) {
   with_head_dim(p, [&](auto dim) { sm90::forward<dim()>(p, execution); });
 }
 
-// f with the head dim tile of a backward.
-template <class F>
-auto with_backward_dim(const Problem& p, F&& f) {
-  return std::max(p.head_dim, p.head_dim_v) <= 64 ? f(std::integral_constant<int, 64>{})
-                                                  : f(std::integral_constant<int, 128>{});
-}
-
 size_t backward_workspace(const BackwardProblem& p, int) {
-  return with_backward_dim(p, [&](auto dim) { return sm90::backward_workspace<dim()>(p); });
+  return with_head_dim(p, [&](auto dim) { return sm90::backward_workspace<dim()>(p); });
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
-  with_backward_dim(p, [&](auto dim) { sm90::backward<dim()>(p, execution); });
+  with_head_dim(p, [&](auto dim) { sm90::backward<dim()>(p, execution); });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "../cuda/delta.h"
 #include "../cuda/launch.h"
 #include "backward_movers.h"
+#include "backward_wide.h"
 #include "kernels.h"
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
@@ -9,7 +10,7 @@
 // Thread blocks stay and take one block of keys after the other. Each of two warpgroups has 64 of the keys, with their
 // dK and dV in registers, and meets the query blocks that see them one by one ("steps"). Scores are computed
 // transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the registers that they come in, and dS
-// passes through shared memory for dQ only.
+// passes through shared memory for dQ only. (Head dims beyond 128 leave no registers for that: backward_wide.h.)
 //
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.
@@ -140,11 +141,7 @@ class BackwardComputer {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       cuda::mask_band(scores_, keys.band(), step.row_begin, keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
     }
-    // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is needed.
-    scores_.for_each([&](int m, int half, int n, int e) {
-      float& x = scores_.at(m, half, n, e);
-      x = sm80::exp2_approx(fminf(x * scale_log2_, 0.0f));
-    });
+    exponentiate(scores_, scale_log2_);
     // A wait here keeps the compiler from moving the one for the products before the exponentials.
     fence_registers(scores_.transpose.x[0]);
     wait(memory_.ds_empty(stage()), parity() ^ 1);
@@ -184,10 +181,10 @@ class BackwardComputer {
   // This warpgroup's share of dQ^T, an accumulator of 64 columns of dQ by kQueryRows of the rows. Where it is as large as
   // S, it takes the registers of S: otherwise the compiler finds too few for it beside the fragments, which fit into
   // those of dP.
-  using QueryGradient = float[NQ][4];
+  using QueryGradient = Accumulator<1, NQ>;
   __device__ __forceinline__ QueryGradient& dq() {
     if constexpr (Config::kSharesDim)
-      return scores_.transpose.x[0];
+      return scores_.transpose;
     else
       return dq_;
   }
@@ -206,40 +203,17 @@ class BackwardComputer {
 #pragma unroll
     for (int k = 0; k < Config::kKeys / 16; ++k)
       multiply_async<true>(
-          dq(), keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
+          dq().x[0], keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
           ds.at(k / kKeySteps * DS::kRows * cuda::kSwizzleBytes + k % kKeySteps * 32), k > 0, T{});
     commit_products();
   }
 
-  // Adds to what earlier visitors have left, or ends the sum.
   __device__ __forceinline__ void finish_dq(unsigned number) {
-    QueryGradient& dq = this->dq();
-    fence_registers(dq);
+    fence_registers(dq().x[0]);
     release(memory_.ds_empty(Buffers::stage(number)));
     const Step step = read_struct<Step>(memory_.step(number));
-    float4* const partial = reinterpret_cast<float4*>(call_.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
-                            warpgroup_ * NQ * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-    wait(memory_.turn(number), Memory::StepBuffers::parity(number));
-    if (!step.last_visit()) {
-      if (step.rank() > 0) {
-#pragma unroll
-        for (int n = 0; n < NQ; ++n)
-          sm80::add_to_global(reinterpret_cast<float*>(partial + n * kWarpgroupThreads), dq[n]);
-      } else {
-#pragma unroll
-        for (int n = 0; n < NQ; ++n)
-          partial[n * kWarpgroupThreads] = {dq[n][0], dq[n][1], dq[n][2], dq[n][3]};
-      }
-    } else {
-      if (step.rank() > 0) {
-#pragma unroll
-        for (int n = 0; n < NQ; ++n) {
-          const float4 others = __ldcg(partial + n * kWarpgroupThreads);
-          dq[n][0] += others.x, dq[n][1] += others.y, dq[n][2] += others.z, dq[n][3] += others.w;
-        }
-      }
-      write_dq(dq, step);
-    }
+    wait_for_turn(memory_, number);
+    visit_dq<Config>(call_, dq(), step, warpgroup_ * NQ, [&](const QueryGradient& sum) { write_dq(sum, step); });
     release(memory_.added(number));
   }
 
@@ -258,7 +232,7 @@ class BackwardComputer {
 #pragma unroll
         for (int i = 0; i < 4 && n + i < NQ; ++i)
           words[i] = transpose_matrix(
-              sm80::pack(dq[n + i][2 * half] * scale, dq[n + i][2 * half + 1] * scale, T{}));
+              sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
         const uint4 chunk = sm80::quad_transpose(words);
         const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
         if (number < NQ && begin + row < keys.seqlen_q && col < static_cast<int>(p_.head_dim))
@@ -279,11 +253,6 @@ class BackwardComputer {
                               static_cast<int>(p_.head_dim_v), 1.0f);
   }
 
-  // All lanes are done with it.
-  __device__ __forceinline__ static void release(uint32_t barrier) {
-    __syncwarp();
-    arrive_if(barrier, lane_index() == 0);
-  }
   // Operands that are the same in every step: told so, the compiler would keep their descriptors, in registers that
   // there are not.
   __device__ __forceinline__ Memory this_memory() const { return {opaque(memory_.base)}; }
@@ -318,7 +287,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    BackwardComputer<T, Config>(call, memory, warp - 4).run();
+    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config>, BackwardComputer<T, Config>>;
+    Computer(call, memory, warp - 4).run();
   }
 }
 

@@ -45,24 +45,28 @@ struct alignas(16) Step {
   int slot = 0;   // of the query block; -1: there are no more
   int flags = 0;  // and the visit's number from kRank on
 
-  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;  // kEdge << warpgroup: not all of its keys see all rows
+  // kEdge << piece: some row does not see all of these 64 keys.
+  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;
   __device__ int rank() const { return flags >> kRank; }
   __device__ bool last_visit() const { return flags & kLastVisit; }
-  __device__ bool is_edge(int warpgroup) const { return flags >> warpgroup & kEdge; }
+  __device__ bool is_edge(int piece) const { return flags >> piece & kEdge; }
 };
 
 template <class T, class Config>
 struct BackwardMemory {
-  using K = SharedTile<T, kWarpgroupRows, Config::kDim>;  // of one warpgroup
+  using K = SharedTile<T, kWarpgroupRows, Config::kDim>;  // 64 of the keys
   using Q = SharedTile<T, Config::kRows, Config::kDim>;
-  using DS = SharedTile<T, Config::kRows, Config::kKeys>;
+  // What the warpgroups exchange: dS, rows by keys, or (wide) P and dS, keys by rows.
+  using DS = std::conditional_t<Config::kWide, SharedTile<T, Config::kKeys, Config::kRows>,
+                                SharedTile<T, Config::kRows, Config::kKeys>>;
+  static constexpr int kExchangedBytes = (Config::kWide ? 2 : 1) * DS::kBytes;
   using Buffers = NumberedBuffers<Config::kStages>;
   static constexpr int kStepStages = 4;  // a step is looked at once more during the next
   using StepBuffers = NumberedBuffers<kStepStages>;
 
-  static constexpr int kKeysBytes = Config::kWarpgroups * K::kBytes, kStatisticsBytes = Config::kRows * 16;
+  static constexpr int kKeysBytes = Config::kKeyPieces * K::kBytes, kStatisticsBytes = Config::kRows * 16;
   static constexpr int kV = kKeysBytes, kQ = 2 * kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
-  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * DS::kBytes;
+  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * kExchangedBytes;
   static constexpr int kSelectors = kStatistics + Config::kStages * kStatisticsBytes;
   static constexpr int kKeyBlock = kSelectors + 2 * 128, kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
   static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
@@ -72,11 +76,12 @@ struct BackwardMemory {
 
   uint32_t base;
 
-  __device__ K k(int warpgroup) const { return {base + warpgroup * K::kBytes}; }
-  __device__ K v(int warpgroup) const { return {base + kV + warpgroup * K::kBytes}; }
+  __device__ K k(int piece) const { return {base + piece * K::kBytes}; }
+  __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
   __device__ Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
-  __device__ DS ds(int stage) const { return {base + kDS + stage * DS::kBytes}; }
+  __device__ DS ds(int stage) const { return {base + kDS + stage * kExchangedBytes}; }
+  __device__ DS p(int stage) const { return {ds(stage).base + DS::kBytes}; }
   __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
   // Left factors that take -lse / scale, and -delta, from the statistics: 8 equal rows of (1, 1, 1, 0, 0, 0, 0, 0), and
   // of (0, 0, 0, 1, 1, 1, 0, 0).
@@ -93,7 +98,8 @@ struct BackwardMemory {
   __device__ uint32_t v_full() const { return barrier(2); }
   __device__ uint32_t v_empty() const { return barrier(3); }
   __device__ uint32_t tail_full() const { return barrier(4); }  // tiles have arrived of which rows must be cleared
-  // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; dS is there; likewise.
+  // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; what the warpgroups exchange
+  // is there; is no longer needed.
   __device__ uint32_t q_full(int stage) const { return barrier(5 + stage); }
   __device__ uint32_t dout_full(int stage) const { return barrier(5 + Config::kStages + stage); }
   __device__ uint32_t rows_empty(int stage) const { return barrier(5 + 2 * Config::kStages + stage); }

@@ -75,9 +75,9 @@ class BackwardLoader {
       const int rank = last_first ? first + visits - 1 - block : block - first;
       Step step{row, 0, 0, rank << Step::kRank};
       if (rank == visits - 1) step.flags |= Step::kLastVisit;
-      for (int w = 0; w < Config::kWarpgroups; ++w) {
-        const int begin = key + w * kWarpgroupRows;
-        if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << w;
+      for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
+        const int begin = key + piece * kWarpgroupRows;
+        if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
       }
 #pragma unroll 1
       for (step.head = head0; step.head < head0 + group; ++step.head) {
@@ -99,27 +99,27 @@ class BackwardLoader {
     if (keys.batch < 0 || keys.steps == 0) {
       if (first_) arrive(memory_.k_full());
     } else {
-      load_keys(keys, call_.k, memory_.k_full(), [&](int w) { return memory_.k(w); });
+      load_keys(keys, call_.k, memory_.k_full(), [&](int piece) { return memory_.k(piece); });
     }
     ++block_;
   }
 
   // K or V. Where the tensor goes on after the sequence, what lies there may be NaN.
   template <class F>
-  __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& tile) {
+  __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& place) {
     const int valid = keys.seqlen_k - keys.key_begin;
     const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
     const uint32_t barrier = tail ? memory_.tail_full() : full;
     if (first_) {
       arrive_expecting(barrier, Memory::kKeysBytes);
-      for (int w = 0; w < Config::kWarpgroups; ++w)
-        load_tile(tile(w), map, keys.k_start + keys.key_begin + w * kWarpgroupRows, keys.head_kv,
+      for (int piece = 0; piece < Config::kKeyPieces; ++piece)
+        load_tile(place(piece), map, keys.k_start + keys.key_begin + piece * kWarpgroupRows, keys.head_kv,
                   p_.cu_seqlens_k ? 0 : keys.batch, barrier);
     }
     if (!tail) return;
     wait_tail();
-    for (int w = 0; w < Config::kWarpgroups; ++w)
-      clear_rows(tile(w), min(max(valid - w * kWarpgroupRows, 0), kWarpgroupRows));
+    for (int piece = 0; piece < Config::kKeyPieces; ++piece)
+      clear_rows(place(piece), min(max(valid - piece * kWarpgroupRows, 0), kWarpgroupRows));
     fence_async_proxy();
     __syncwarp();
     if (first_) arrive(full);
@@ -131,7 +131,7 @@ class BackwardLoader {
 
   __device__ void load_v(const KeyBlock& keys) {
     wait(memory_.v_empty(), v_block_ % 2 ^ 1);
-    load_keys(keys, call_.v, memory_.v_full(), [&](int w) { return memory_.v(w); });
+    load_keys(keys, call_.v, memory_.v_full(), [&](int piece) { return memory_.v(piece); });
     ++v_block_;
   }
 

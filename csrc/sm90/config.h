@@ -47,20 +47,33 @@ struct ForwardConfig<192, true> : ForwardTile<2, 64, 192, 192, 1, 2, 2> {};
 template <>
 struct ForwardConfig<256, true> : ForwardTile<2, 64, 256, 256, 1, 2, 2> {};
 
-// A thread block of the backward: one warpgroup that moves data and two that compute, each with 64 of the keys. kRows:
-// of a query block.
-template <int kRows_, int kDim_>
-struct BackwardTile {
-  static constexpr int kRows = kRows_, kKeys = 2 * kWarpgroupRows, kDim = kDim_;
+// A thread block of the backward: one warpgroup that moves data and two that compute. kRows: of a query block.
+template <int kRows_, int kKeys_, int kDim_>
+struct BackwardBlock {
+  static constexpr int kRows = kRows_, kKeys = kKeys_, kKeyPieces = kKeys / kWarpgroupRows, kDim = kDim_;
   static constexpr int kStages = 2;  // of query blocks, and of their dS, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
+  static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
+};
+
+// Each warpgroup has 64 of the keys, with dK and dV.
+template <int kRows, int kDim>
+struct BackwardTile : BackwardBlock<kRows, 2 * kWarpgroupRows, kDim> {
+  static constexpr bool kWide = false;
   // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
   static constexpr bool kSharesDim = kDim == 2 * 64;
   static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
   static_assert(kSharesDim || kDim == 64);
+};
 
-  static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
-  static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
+// One warpgroup has dV of all keys, the other one dK: there are no registers for both.
+template <int kDim>
+struct WideBackwardTile : BackwardBlock<64, kWarpgroupRows, kDim> {
+  static constexpr bool kWide = true;
+  static constexpr int kScoreRows = WideBackwardTile::kRows / 2;  // a warpgroup's share of the scores
+  static constexpr int kQueryCols = kDim / 2;                     // and of dQ
 };
 
 template <int kHeadDim>
@@ -69,5 +82,9 @@ template <>
 struct BackwardConfig<64> : BackwardTile<128, 64> {};
 template <>
 struct BackwardConfig<128> : BackwardTile<80, 128> {};
+template <>
+struct BackwardConfig<192> : WideBackwardTile<192> {};
+template <>
+struct BackwardConfig<256> : WideBackwardTile<256> {};
 
 }  // namespace fae::sm90

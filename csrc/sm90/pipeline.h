@@ -52,6 +52,12 @@ struct NumberedBuffers {
   static __device__ __forceinline__ uint32_t parity(unsigned number) { return number / kStages % 2; }
 };
 
+// A whole warp arrives: all of its lanes are done with what the barrier guards.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  arrive_if(barrier, cuda::lane_index() == 0);
+}
+
 // The same number in all lanes, as it is; told to the compiler, which then keeps it in a register of the warp.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 

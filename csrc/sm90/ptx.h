@@ -156,11 +156,13 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[n][i])::"memory");
 }
 
-// d (+)= a b for the 64 rows of a warpgroup, 16 columns of a, 8 N columns of d: a and b from shared memory, b stored by
-// rows and a too or (kTransposedA) by columns; or a from registers and b stored by columns. Operands may be overwritten
-// and d read after a wait.
-#define FAE_NAMES_64                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+// d (+)= a b for the 64 rows of a warpgroup, 16 columns of a, 8 N columns of d: a and b from shared memory, each stored
+// by rows or (kTransposed*) by columns; or a from registers and b stored by columns. Operands may be overwritten and d
+// read after a wait.
+#define FAE_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FAE_NAMES_64 \
+  FAE_NAMES_32       \
+  ", "               \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FAE_NAMES_80 \
   FAE_NAMES_64       \
@@ -189,6 +191,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
 #define FAE_REGISTERS_OF_16_COLUMNS(n) FAE_REGISTERS_OF_8_COLUMNS(n), FAE_REGISTERS_OF_8_COLUMNS(n + 1)
 #define FAE_REGISTERS_OF_32_COLUMNS(n) FAE_REGISTERS_OF_16_COLUMNS(n), FAE_REGISTERS_OF_16_COLUMNS(n + 2)
 #define FAE_REGISTERS_OF_64_COLUMNS(n) FAE_REGISTERS_OF_32_COLUMNS(n), FAE_REGISTERS_OF_32_COLUMNS(n + 4)
+#define FAE_REGISTERS_32 FAE_REGISTERS_OF_32_COLUMNS(0)
 #define FAE_REGISTERS_64 FAE_REGISTERS_OF_64_COLUMNS(0)
 #define FAE_REGISTERS_80 FAE_REGISTERS_64, FAE_REGISTERS_OF_16_COLUMNS(8)
 #define FAE_REGISTERS_96 FAE_REGISTERS_64, FAE_REGISTERS_OF_32_COLUMNS(8)
@@ -198,7 +201,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
 
 // i0 to i5: numbers of the operands after the registers of d.
 #define FAE_PRODUCT(Type, PTX, COLUMNS, i0, i1, i2, i3, i4, i5)                                                       \
-  template <bool kTransposedA = false>                                                                                \
+  template <bool kTransposedA = false, bool kTransposedB = false>                                                     \
   __device__ __forceinline__ void multiply_async(float (&d)[COLUMNS / 8][4], uint64_t a, uint64_t b, bool accumulate, \
                                                  Type) {                                                              \
     asm volatile(                                                                                                     \
@@ -208,11 +211,12 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
         ", 0;\n"                                                                                                      \
         "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." PTX "." PTX " {" FAE_NAMES_##COLUMNS                  \
         "}, %" #i0 ", %" #i1                                                                                          \
-        ", p, 1, 1, %" #i3                                                                                            \
-        ", 0;\n"                                                                                                      \
+        ", p, 1, 1, %" #i3 ", %" #i4                                                                                  \
+        ";\n"                                                                                                         \
         "}"                                                                                                           \
         : FAE_REGISTERS_##COLUMNS                                                                                     \
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposedA)));                    \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposedA)),                     \
+          "n"(static_cast<int>(kTransposedB)));                                                                       \
   }                                                                                                                   \
   __device__ __forceinline__ void multiply_async(float (&d)[COLUMNS / 8][4], const uint32_t (&a)[4], uint64_t b,      \
                                                  bool accumulate, Type) {                                             \
@@ -232,6 +236,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
   FAE_PRODUCT(__nv_bfloat16, "bf16", __VA_ARGS__) \
   FAE_PRODUCT(__half, "f16", __VA_ARGS__)
 
+FAE_PRODUCTS(32, 16, 17, 18, 19, 20, 21)
 FAE_PRODUCTS(64, 32, 33, 34, 35, 36, 37)
 FAE_PRODUCTS(80, 40, 41, 42, 43, 44, 45)
 FAE_PRODUCTS(96, 48, 49, 50, 51, 52, 53)

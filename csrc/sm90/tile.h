@@ -34,11 +34,12 @@ __device__ __forceinline__ uint64_t doubled_descriptor(uint32_t address, int eig
   return static_cast<uint64_t>(eight_rows >> 4) << 32 | (address & 0x3ffff) >> 4;
 }
 
-// S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows.
+// S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows, from b_row on.
 template <class A, class B, int N>
-__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const B& b, bool accumulate) {
-  static_assert(A::kRows == 64 && B::kRows == 8 * N && A::kBlocks == B::kBlocks);
-  const Descriptor a0(a.base), b0(b.base);
+__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const B& b, bool accumulate,
+                                                  int b_row = 0) {
+  static_assert(A::kRows == 64 && B::kRows % (8 * N) == 0 && A::kBlocks == B::kBlocks);
+  const Descriptor a0(a.base), b0(b.address(b_row, 0));
 #pragma unroll
   for (int k = 0; k < A::kCols / 16; ++k) {
     const auto step = [&](int rows) { return k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32; };
@@ -60,6 +61,16 @@ __device__ __forceinline__ void multiply_transposed(Accumulator<1, N>& o, const 
 #pragma unroll
   for (int k = 0; k < kSteps; ++k)
     multiply_async(o.x[0], p[k], v0.at(k * 16 * cuda::kSwizzleBytes), true, typename V::Element{});
+}
+// The same with P in shared memory.
+template <class P, class V, int N>
+__device__ __forceinline__ void multiply_transposed(Accumulator<1, N>& o, const P& p, const V& v) {
+  static_assert(P::kRows == 64 && P::kBlocks == 1 && V::kRows == P::kCols && V::kCols == 8 * N);
+  const Descriptor p0(p.base), v0(v.base, V::kRows * cuda::kSwizzleBytes);
+#pragma unroll
+  for (int k = 0; k < V::kRows / 16; ++k)
+    multiply_async<false, true>(o.x[0], p0.at(k * 32), v0.at(k * 16 * cuda::kSwizzleBytes), true,
+                                typename V::Element{});
 }
 // O += P V, started.
 template <class V, int N, int kSteps>
