@@ -45,10 +45,10 @@ class Stats:
     kernels: int
     """Calls of torch's flash kernels, forward and backward, that ran here: what came another way than by name."""
     traced: int
-    """Calls by name that torch.compile or torch.export put into a graph; how often the graphs run is not known."""
+    """Calls by name that torch.compile or torch.export traced; how often such graphs run is not known here."""
 
     def __str__(self) -> str:
-        ran = f"{self.attended} calls ran here, {self.traced} are in compiled graphs, {self.kernels} came as kernels"
+        ran = f"{self.attended} calls ran here, {self.traced} were compiled, {self.kernels} came as kernels"
         lines = [f"{count} went back to torch: {reason}" for reason, count in self.returned.items()]
         return "\n".join([f"scaled_dot_product_attention: {ran}", *lines])
 
