@@ -1,4 +1,4 @@
-"""torch's tools around the ops: FLOP counter, profiler, fake tensors, selective checkpoints, max-autotune, AOTInductor."""
+"""torch's tools around the ops: FLOP counter, profiler, fake tensors, selective checkpointing, inductor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import flash_attn_ext
 from flash_attn_ext import attention, attention_varlen
 
 OPS = torch.ops.flash_attn_ext
@@ -142,11 +140,16 @@ def test_selective_checkpointing(saved: bool, compiled: bool) -> None:
     expected = torch.autograd.grad(block(q, k, v).sum(), (q, k, v))
     function = torch.compile(checkpointed, fullgraph=True, backend="aot_eager") if compiled else checkpointed
     function(q, k, v)
-    with FlopCounterMode(display=False) as counter:
+    # Both counters name the op; torch.compile refuses the one, and the checkpoint's own modes show twice in the other.
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler if compiled else FlopCounterMode(display=False) as counter:
         own = torch.autograd.grad(function(q, k, v).sum(), (q, k, v))
     torch.testing.assert_close(own, expected)
-    once = counted(partial(block, q.detach(), k.detach(), v.detach()))[0]
-    assert counter.get_flop_counts()["Global"][OPS.forward] == once * (1 if saved else 2)
+    if compiled:
+        (runs,) = (event.count for event in counter.key_averages() if event.key == "flash_attn_ext::forward")
+    else:
+        runs = counter.get_flop_counts()["Global"][OPS.forward] / counted(partial(attention, q, k, v, causal=True))[0]
+    assert runs == (1 if saved else 2)
 
 
 # ---- Inductor -------------------------------------------------------------------------------------------------------
@@ -164,26 +167,3 @@ def test_max_autotune() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), rtol=1e-4, atol=1e-5
     )
-
-
-class Block(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attention = flash_attn_ext.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = x.unflatten(-1, (4, 4))
-        return self.attention(x, x, x, need_weights=False)[0] + attention(q, q, q, causal=True).flatten(2).sin()
-
-
-@needs_compiler
-def test_aot_inductor(tmp_path: Path) -> None:
-    """torch.export, compiled ahead of time for any batch and length; tests/test_cpp.py runs such a package from C++."""
-    block, x = Block().eval(), normal(2, 9, 16)
-    shapes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
-    with torch.no_grad():
-        program = torch.export.export(block, (x,), dynamic_shapes=(shapes,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        for other in (x, normal(3, 33, 16, seed=1)):
-            torch.testing.assert_close(torch._inductor.aoti_load_package(package)(other), block(other))
