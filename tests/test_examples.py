@@ -41,7 +41,7 @@ def test_nanogpt_wants_enough_text(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_vit(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
-    status = example("vit")["main"](["--epochs", "6"])
+    status = example("vit")["main"](["--epochs", "5"])
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "swapped 4 nn.MultiheadAttention" in printed

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     demo, s, device = Demo(Console(), options.output), Settings(steps=options.steps), attention_device()
     text = Text(s.vocabulary, options.text.read_text() if options.text else None)
+    s.vocabulary = len(text.tokens)
     if len(text.held_out) <= s.context:
         parser.error(f"--text must have more than {20 * s.context} words and marks, has {len(text.ids)}")
     demo.console.print(f"{len(text.ids):,} tokens, {s.layers} layers of width {s.width}, float32 on {device.type}")
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.console.print(f"  {stats}", highlight=False)
     demo.check(stats.attended > 0 and not stats.returned, "every call ran here")
     compare(demo, runs)
-    demo.console.print(sample(runs["ours"].model, text, s, device), style="italic", markup=False, highlight=False)
+    written = sample(runs["ours"].model, text, s, device, prompt=text.tokens[1])
+    demo.console.print(written, style="italic", markup=False, highlight=False)
     return 1 if demo.failures else 0
 
 

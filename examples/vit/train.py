@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flash_attn_ext.integrations.modules import swap, unswap
 
-WIDTH, LAYERS, HEADS, PATCH, BATCH, HELD_OUT = 64, 4, 4, 2, 64, 360
+WIDTH, LAYERS, HEADS, PATCH, BATCH, HELD_OUT = 64, 4, 4, 2, 32, 360
 
 
 class ViT(nn.Module):
