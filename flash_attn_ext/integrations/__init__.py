@@ -1,1 +1,1 @@
-"""Ways into models and tools that exist already; importing one changes nothing, each has a function that does."""
+"""Our attention inside other packages. Nothing is imported or changed here: each module is asked for by name."""
