@@ -33,6 +33,7 @@ TILE = 128  # keys; a multiple of the 16 by which dropout numbers its blocks
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Any]
 Given = dict[str, Tensor | None]  # by name of the argument; None: not given
+_not_compiled: Callable[[Function], Function] = torch.compiler.disable
 VARIABLES = ("q", "k", "v", "bias", "sinks")
 _FIXED = ("mask", "alibi_slopes", "seqused_q", "seqused_k", "rng_state")
 
@@ -76,12 +77,15 @@ def gradients(given: Given, numbers: Numbers) -> dict[str, Tensor]:
     return dict(zip(names, found, strict=True))
 
 
+# torch.compile leaves code that differentiates to Python (see autograd.run), and must not begin again in the middle.
+@_not_compiled
 def transposed(function: Function, variables: Tensors, cotangents: Any) -> Tensors:
     """J^T cotangents, where J is the Jacobian of function(*variables)."""
     gradients: Tensors = torch.func.vjp(function, *variables)[1](cotangents)
     return gradients
 
 
+@_not_compiled
 def directional(function: Function, variables: Tensors, directions: Tensors) -> Any:
     """J directions, where J is the Jacobian of function(*variables)."""
     variables = tuple(x.contiguous() for x in variables)  # torch makes no dual of an expanded tensor
