@@ -254,6 +254,19 @@ def test_exports_with_dynamic_sizes() -> None:
     assert torch.equal(program.module()(q, k, v), Exported()(q, k, v))
 
 
+def test_module_exports_with_dynamic_sizes() -> None:
+    module = flash_attn_ext.MultiheadAttention(16, 4, batch_first=True, add_zero_attn=True).eval()
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return module(x, x, x, need_weights=False)[0]
+
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
+    program = torch.export.export(Block(), (normal(2, 7, 16),), dynamic_shapes=(sizes,))
+    x = normal(3, 12, 16, seed=1)
+    torch.testing.assert_close(program.module()(x), Block()(x))
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_meta_tensors_know_shapes(call: str) -> None:
     tensors, options = CALLS[call]

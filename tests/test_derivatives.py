@@ -228,6 +228,7 @@ def test_inside_compiled_code(name: str) -> None:
         torch.testing.assert_close(dual(x), functions["jvp"](x), **CLOSE)
     else:
         torch.testing.assert_close(compiled(x), functions[name](x), **CLOSE)
+        torch._dynamo.reset()
         whole = torch.compile(functions[name], backend="aot_eager", fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported):
             whole(x)
