@@ -26,38 +26,17 @@ _TENSORS = ("q", "k", "v", *OPTIONAL_TENSORS)
 
 
 def run(function: type[Function], *args: Any) -> Any:
-    """Applies `function` where autograd or torch.func has to see it, and else calls its op straight away.
-
-    While torch.compile traces, the op always: it carries the same formula, and Dynamo takes no autograd.Function with
-    one tensor in two places, as in attention(x, x, x). That formula is unknown to torch.func.grad and jvp: code that
-    applies them inside torch.compile is left to Python.
-    """
+    """Applies `function` where autograd or torch.func has to see it, and else calls its op straight away."""
     if torch.compiler.is_compiling():
-        differentiates = forward_ad._current_level >= 0 or _differentiates_while_tracing()
-        return _apply(function, *args) if differentiates else function.forward(*args)
+        from . import tracing
+
+        return tracing.run(function, *args)
     differentiates = (
         torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and _any_requires_grad(args))
         or forward_ad._current_level >= 0
     )
     return function.apply(*args) if differentiates else function.forward(*args)
-
-
-def _apply_uncompiled(function: type[Function], *args: Any) -> Any:
-    return function.apply(*args)
-
-
-_apply: Callable[..., Any] = torch.compiler.disable(
-    _apply_uncompiled, reason="torch.func.grad, jvp or dual numbers with flash_attn_ext inside torch.compile"
-)
-
-
-def _transforms_differentiate() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(interpreter.key() != torch._C._functorch.TransformType.Vmap for interpreter in stack)
-
-
-_differentiates_while_tracing: Callable[[], bool] = torch.compiler.assume_constant_result(_transforms_differentiate)
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:

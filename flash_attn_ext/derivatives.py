@@ -33,7 +33,6 @@ TILE = 128  # keys; a multiple of the 16 by which dropout numbers its blocks
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Any]
 Given = dict[str, Tensor | None]  # by name of the argument; None: not given
-_not_compiled: Callable[[Function], Function] = torch.compiler.disable
 VARIABLES = ("q", "k", "v", "bias", "sinks")
 _FIXED = ("mask", "alibi_slopes", "seqused_q", "seqused_k", "rng_state")
 
@@ -77,17 +76,23 @@ def gradients(given: Given, numbers: Numbers) -> dict[str, Tensor]:
     return dict(zip(names, found, strict=True))
 
 
-# torch.compile leaves code that differentiates to Python (see autograd.run), and must not begin again in the middle.
-@_not_compiled
 def transposed(function: Function, variables: Tensors, cotangents: Any) -> Tensors:
     """J^T cotangents, where J is the Jacobian of function(*variables)."""
+    if torch.compiler.is_compiling():  # which begins again inside code that it has left to Python
+        from . import tracing
+
+        found: Tensors = tracing.in_python(transposed, function, variables, cotangents)
+        return found
     gradients: Tensors = torch.func.vjp(function, *variables)[1](cotangents)
     return gradients
 
 
-@_not_compiled
 def directional(function: Function, variables: Tensors, directions: Tensors) -> Any:
     """J directions, where J is the Jacobian of function(*variables)."""
+    if torch.compiler.is_compiling():
+        from . import tracing
+
+        return tracing.in_python(directional, function, variables, directions)
     variables = tuple(x.contiguous() for x in variables)  # torch makes no dual of an expanded tensor
     if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
         return torch.func.jvp(function, variables, directions)[1]
