@@ -137,6 +137,10 @@ def test_kernel_that_declines_runs_torchs() -> None:
         with pytest.raises(RuntimeError, match="dropout"):  # which takes no dropout either
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.5)
         assert list(sdpa.stats().returned) == ["_scaled_dot_product_flash_attention_for_cpu: dropout_p > 0"]
+        wide = normal(1, 2, 5, 600)
+        expected = torch.softmax(0.1 * wide @ wide.transpose(-1, -2), -1) @ wide
+        torch.testing.assert_close(imported_by_name(wide, wide, wide, scale=0.1), expected)
+        assert sdpa.stats().kernels == 0
 
 
 def test_dropout_is_drawn_from_torchs_generator() -> None:
