@@ -99,8 +99,7 @@ def _directional(
     places, variables, of_variables = _derivatives_of(function, inputs)
     chosen = (directions[place] for place in places)
     given = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(variables, chosen, strict=True))
-    results: tuple[Tensor, ...] = derivatives.directional(of_variables, variables, given)
-    return results
+    return derivatives.directional(of_variables, variables, given)
 
 
 class Attention(Function):
@@ -137,7 +136,7 @@ class Attention(Function):
     @derivatives.forward_mode
     def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse, *tensors = saved
-        given: derivatives.Given = dict(zip(_TENSORS, tensors, strict=True))
+        given = dict(zip(_TENSORS, tensors, strict=True))
         along = dict(zip(_TENSORS, directions, strict=False))
         return derivatives.tangents(given, _numbers(ctx.numbers), out, lse, along)
 

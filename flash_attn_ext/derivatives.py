@@ -32,7 +32,7 @@ TILE = 128  # keys; a multiple of the 16 by which dropout numbers its blocks
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Any]
-Given = dict[str, Tensor | None]  # by name of the argument; None: not given
+Given = dict[str, Any]  # tensors by name of the argument; None: not given
 VARIABLES = ("q", "k", "v", "bias", "sinks")
 _FIXED = ("mask", "alibi_slopes", "seqused_q", "seqused_k", "rng_state")
 
@@ -56,17 +56,14 @@ def tangents(given: Given, numbers: Numbers, out: Tensor, lse: Tensor, direction
     chosen = [directions.get(name) for name in names]
     along = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(primals, chosen, strict=True))
     function = partial(_weighted_of, given, numbers, lse, names)
-    o, l_ = directional(function, primals, along)
-    t_out = o - l_.transpose(-1, -2).unsqueeze(-1) * out.to(o.dtype)
-    return t_out.to(out.dtype), l_.to(lse.dtype)
+    o, total = directional(function, primals, along)
+    t_out = o - total.transpose(-1, -2).unsqueeze(-1) * out.to(o.dtype)
+    return t_out.to(out.dtype), total.to(lse.dtype)
 
 
 def gradients(given: Given, numbers: Numbers) -> dict[str, Tensor]:
     """What the op backward computes, by variable. given: its tensor arguments."""
     out, lse, dout, dlse = (given[name] for name in ("out", "lse", "dout", "dlse"))
-    assert out is not None
-    assert lse is not None
-    assert dout is not None
     dtype = lse.dtype
     dout = dout.to(dtype)
     delta = (dout * out.to(dtype)).sum(-1).transpose(-1, -2)
@@ -77,32 +74,32 @@ def gradients(given: Given, numbers: Numbers) -> dict[str, Tensor]:
 
 
 def transposed(function: Function, variables: Tensors, cotangents: Any) -> Tensors:
-    """J^T cotangents, where J is the Jacobian of function(*variables)."""
+    """J^T cotangents, where J is the Jacobian of function(*variables), a tuple."""
     if torch.compiler.is_compiling():  # which begins again inside code that it has left to Python
         from . import tracing
 
         found: Tensors = tracing.in_python(transposed, function, variables, cotangents)
         return found
-    gradients: Tensors = torch.func.vjp(function, *variables)[1](cotangents)
-    return gradients
+    back: Tensors = torch.func.vjp(function, *variables)[1](cotangents)
+    return back
 
 
-def directional(function: Function, variables: Tensors, directions: Tensors) -> Any:
-    """J directions, where J is the Jacobian of function(*variables)."""
+def directional(function: Function, variables: Tensors, directions: Tensors) -> Tensors:
+    """J directions, where J is the Jacobian of function(*variables), a tuple."""
     if torch.compiler.is_compiling():
         from . import tracing
 
-        return tracing.in_python(directional, function, variables, directions)
+        found: Tensors = tracing.in_python(directional, function, variables, directions)
+        return found
     variables = tuple(x.contiguous() for x in variables)  # torch makes no dual of an expanded tensor
     if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
-        return torch.func.jvp(function, variables, directions)[1]
+        along: Tensors = torch.func.jvp(function, variables, directions)[1]
+        return along
     # Inside torch.autograd.forward_ad, where torch.func.jvp refuses to open a level of its own: this one serves.
     with forward_ad._set_fwd_grad_enabled(True):
         results = function(*(forward_ad.make_dual(x, t) for x, t in zip(variables, directions, strict=True)))
-        alone = isinstance(results, Tensor)
-        parts = [forward_ad.unpack_dual(x) for x in ((results,) if alone else results)]
-    found = tuple(torch.zeros_like(x) if t is None else t for x, t in parts)
-    return found[0] if alone else found
+        parts = [forward_ad.unpack_dual(x) for x in results]
+    return tuple(torch.zeros_like(x) if t is None else t for x, t in parts)
 
 
 def forward_mode(rule: Function) -> Function:
@@ -195,12 +192,6 @@ def _weighted_of(
 def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """One sequence after the other; rows after the last one belong to none, and are 0."""
     q, k, v, lse, cu_q, cu_k = (given[name] for name in ("q", "k", "v", "lse", "cu_seqlens_q", "cu_seqlens_k"))
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert lse is not None
-    assert cu_q is not None
-    assert cu_k is not None
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     outs, sums = [], []
     for b in range(len(starts_q) - 1):
@@ -216,9 +207,9 @@ def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
                 parts[name] = x[b : b + 1]
         if (slopes := given["alibi_slopes"]) is not None:
             parts["alibi_slopes"] = slopes if slopes.dim() == 1 else slopes[b]
-        o, l_ = _dense({**given, **parts}, numbers, b)
+        o, total = _dense({**given, **parts}, numbers, b)
         outs.append(o[0])
-        sums.append(l_[0])
+        sums.append(total[0])
     tail = len(q) - starts_q[-1]
     outs.append(lse.new_zeros(tail, q.shape[1], v.shape[-1]))
     sums.append(lse.new_zeros(q.shape[1], tail))
@@ -227,12 +218,8 @@ def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
 
 def _dense(given: Given, numbers: Numbers, first_batch: int) -> tuple[Tensor, Tensor]:
     q, k, v, sinks, lse = (given[name] for name in ("q", "k", "v", "sinks", "lse"))
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert lse is not None
     batch, rows, heads, _ = q.shape
-    o, l_ = lse.new_zeros(batch, rows, heads, v.shape[-1]), torch.zeros_like(lse)
+    o, total = lse.new_zeros(batch, rows, heads, v.shape[-1]), torch.zeros_like(lse)
     for first in range(0, k.shape[1], TILE):
         keys = slice(first, first + TILE)
         tile = {**given, "k": k[:, keys], "v": v[:, keys]}
@@ -242,13 +229,13 @@ def _dense(given: Given, numbers: Numbers, first_batch: int) -> tuple[Tensor, Te
         names, variables = _present(tile, (*VARIABLES[:4], "lse"))
         fixed_names, fixed = _present(tile, _FIXED)
         function = partial(_tile, numbers, k.shape[1], first, first_batch, (*names, *fixed_names))
-        o_tile, l_tile = recomputed(function, variables, fixed)
-        o, l_ = o + o_tile, l_ + l_tile
+        o_tile, total_tile = recomputed(function, variables, fixed)
+        o, total = o + o_tile, total + total_tile
     if sinks is not None:
         used = _rows_used(given.get("seqused_q"), rows, q.device).squeeze(-1)
         seen = used & ~lse.isneginf()
-        l_ = l_ + torch.where(seen, (sinks.to(lse.dtype)[:, None] - lse.masked_fill(~seen, 0.0)).exp(), 0.0)
-    return o, l_
+        total = total + torch.where(seen, (sinks.to(lse.dtype)[:, None] - lse.masked_fill(~seen, 0.0)).exp(), 0.0)
+    return o, total
 
 
 def _tile(
