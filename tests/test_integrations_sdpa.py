@@ -228,6 +228,30 @@ def test_nesting_and_order() -> None:
     F.scaled_dot_product_attention = held
 
 
+def test_what_somebody_else_put_there_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*args: Tensor, **options: object) -> Tensor:
+        return TORCHS(*args, **options) * 2
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", theirs)
+    long = normal(1, 1, 3, 600)
+    with sdpa.enable():
+        assert torch.equal(F.scaled_dot_product_attention(long, long, long), theirs(long, long, long))
+    assert F.scaled_dot_product_attention is theirs
+
+
+def test_failure_to_enable_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_kernels, "cuda_library_status", "loaded")
+    monkeypatch.setattr(flash_kernels, "CUDA_KERNELS", {"_flash_attention_forward": None})
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    with pytest.raises(TypeError):
+        sdpa.enable()
+    assert F.scaled_dot_product_attention is TORCHS
+    assert torch.backends.mha.get_fastpath_enabled()
+    q = normal(1, 2, 5, 16)
+    imported_by_name(q, q, q)
+    assert sdpa.stats().kernels == 0
+
+
 def test_counts_from_many_threads() -> None:
     q = normal(1, 1, 3, 8)
     with sdpa.enable():

@@ -50,19 +50,25 @@ _before: list[str] = []
 
 def install(report: Report) -> None:
     """Overrides torch's kernels. `report` is called with each call: None, or why it went back to torch's kernel."""
-    _installed.append(Overrides("CPU", CPU_KERNELS, report))
-    if cuda_library_status != "loaded":
-        return
+    try:
+        _installed.append(Overrides("CPU", CPU_KERNELS, report))
+        if cuda_library_status == "loaded":
+            _install_on_cuda(report)
+    except BaseException:
+        uninstall()
+        raise
 
-    def on_cuda() -> Overrides:
+
+def _install_on_cuda(report: Report) -> None:
+    def overrides() -> Overrides:
         return Overrides("CUDA", CUDA_KERNELS, report)
 
     if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
-        _installed.append(on_cuda())
+        _installed.append(overrides())
         return
     if current := torch.nn.attention.current_flash_attention_impl():
         _before.append(current)
-    torch.nn.attention.register_flash_attention_impl(IMPLEMENTATION, register_fn=on_cuda)
+    torch.nn.attention.register_flash_attention_impl(IMPLEMENTATION, register_fn=overrides)
     torch.nn.attention.activate_flash_attention_impl(IMPLEMENTATION)
 
 

@@ -26,7 +26,6 @@ from ..ops import cuda_library_status
 from ..sdpa import scaled_dot_product_attention
 from . import flash_kernels
 
-_torchs: Any = F.scaled_dot_product_attention
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Runs when torch.compile traces, not in the graph, where the result is a constant.
 _while_tracing: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
@@ -59,7 +58,8 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.enabled = False
-        self.fast_path = True  # torch.backends.mha's, from before
+        self.torchs: Any = F.scaled_dot_product_attention  # from before, like the next
+        self.fast_path = True  # of torch.backends.mha
         self.counts: Counter[str] = Counter()
         self.returned: Counter[str] = Counter()
 
@@ -100,6 +100,7 @@ def enable() -> Enabled:
             _state.counts.clear()
             _state.returned.clear()
             flash_kernels.install(_count_kernel)
+            _state.torchs = F.scaled_dot_product_attention
             _state.fast_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             F.scaled_dot_product_attention = _attend
@@ -121,7 +122,7 @@ def disable() -> None:
                 "torch.nn.functional.scaled_dot_product_attention was expected to be that of flash_attn_ext, and is "
                 f"{F.scaled_dot_product_attention!r}: undo what replaced it first"
             )
-        F.scaled_dot_product_attention = _torchs
+        F.scaled_dot_product_attention = _state.torchs
         torch.backends.mha.set_fastpath_enabled(_state.fast_path)
         flash_kernels.uninstall()
         _state.enabled = False
@@ -179,7 +180,7 @@ def _attend(
     reason = _why_not(query, key, value, attn_mask) if _state.enabled else "disabled"
     if torch.compiler.is_compiling():
         _count_traced(reason)
-        return (_torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
+        return (_state.torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
     if reason is None:
         try:
             out = scaled_dot_product_attention(query, key, value, **options)
@@ -190,7 +191,7 @@ def _attend(
             _count("attended")
             return out
     _count("returned", reason)
-    return _torchs(query, key, value, **options)
+    return _state.torchs(query, key, value, **options)
 
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
