@@ -369,8 +369,7 @@ def dropout_keep_mask(
 
     A pure function of (seed, offset, batch, head, row, column), whatever the tiling: csrc/core/philox.h says how the
     bits are numbered. Each element owns 16 bits and is dropped when they are below dropout_p, rounded to 2^-16.
-    rng_state: int64 (2,), seed and offset. first_batch, first_key: where in the whole matrix the part begins that is
-    wanted; first_key is a multiple of 16.
+    rng_state: int64 (2,), seed and offset. The part that is wanted begins at first_batch and first_key, 16 times n.
     """
     seed, offset = rng_state.unbind()
     # A block of 16 x 16 elements takes 8 x 4 calls, each of which serves rows {r, r + 8} by columns {c, c + 1, c + 8,
@@ -378,9 +377,8 @@ def dropout_keep_mask(
     blocks_q, blocks_k = (seqlen_q + 15) // 16, (seqlen_k + 15) // 16
     ranges = (torch.arange(n, device=rng_state.device) for n in (batch * heads, blocks_q * 8, blocks_k * 4))
     batch_head, row, col = torch.meshgrid(*ranges, indexing="ij")
-    col, batch_head = col + first_key // 4, batch_head + first_batch * heads
-    counter = torch.stack((col, row, batch_head, (offset & _WORD).expand_as(col)), -1)
-    words = philox4x32(counter, torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
+    place = (col + first_key // 4, row, batch_head + first_batch * heads, (offset & _WORD).expand_as(col))
+    words = philox4x32(torch.stack(place, -1), torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
     words = words.reshape(batch * heads, blocks_q, 8, blocks_k, 4, 2, 2)  # row % 8; column / 2 % 4, / 8 % 2 and % 2
     bits = torch.stack((words & 0xFFFF, words >> 16), 2).transpose(-2, -3)
     keep = bits.reshape(batch, heads, blocks_q * 16, blocks_k * 16) >= math.floor(dropout_p * 65536 + 0.5)
