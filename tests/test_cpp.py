@@ -129,9 +129,12 @@ def test_dropout_errors_and_second_derivatives() -> None:
         in_cpp(q, q[..., :5], q, (None, None), softcap=-1.0)
     with pytest.raises(ValueError, match="window_size"):
         in_cpp(q, q, q, (None, None), window_left=-2)
-    (gradient,) = torch.autograd.grad(in_cpp(q, q, q, (None, None))[0].sin().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no gradient of the gradient"):
-        gradient.sum().backward()
+    sinks = normal(4, seed=1).requires_grad_()
+    for given, leaf in ((q, q), (q.detach(), sinks)):
+        out, lse = in_cpp(given, given, given, (None, None), sinks=sinks)
+        (gradient,) = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no gradient of the gradient"):
+            gradient.sum().backward()
 
 
 # ---- The examples ---------------------------------------------------------------------------------------------------

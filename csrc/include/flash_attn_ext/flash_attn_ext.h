@@ -92,9 +92,11 @@ inline Gradients call_backward(const Tensor& dout, const MaybeTensor& dlse, cons
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A gradient of the gradient would come out as zero without a word, as the op backward is not differentiated here.
+// Passes the gradients on. A gradient of them would come out as zero without a word, as the op backward is not
+// differentiated here: this node, which has all that they depend on as its inputs, is in its way.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const variable_list& gradients, const variable_list&) {
+  static variable_list forward(AutogradContext*, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+                               const Tensor&, const MaybeTensor&, const MaybeTensor&, variable_list gradients) {
     return gradients;
   }
   static variable_list backward(AutogradContext*, variable_list) {
@@ -164,10 +166,8 @@ struct Attention : torch::autograd::Function<Attention> {
       if (bias_requires_grad) gradients.push_back(dbias);
       if (sinks_require_grad) gradients.push_back(dsinks);
     }
-    if (at::GradMode::is_enabled()) {
-      variable_list inputs{dout, q, k, v};
-      gradients = NoSecondDerivative::apply(gradients, inputs);
-    }
+    if (at::GradMode::is_enabled())
+      gradients = NoSecondDerivative::apply(dout, dlse, q, k, v, a.bias, a.sinks, gradients);
     variable_list result{gradients[0], gradients[1], gradients[2], Tensor(), Tensor(), Tensor()};
     if (bias_requires_grad) result[3] = gradients[3];
     if (sinks_require_grad) result[4] = gradients.back();
