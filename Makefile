@@ -7,7 +7,7 @@ find_torch = import importlib.util, sys; sys.exit(sys.version_info < (3, 10) or 
 ACTIVE := $(shell for python in python3 python; do $$python -c '$(find_torch)' 2>/dev/null && command -v $$python && break; done)
 PYTHON := $(or $(ACTIVE),$(CURDIR)/.venv/bin/python)
 PIP := $(PYTHON) -m pip --disable-pip-version-check
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help
 help:
@@ -76,5 +76,5 @@ wheel: environment
 
 .PHONY: clean
 clean:
-	rm -rf build dist *.egg-info flash_attn_ext/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info flash_attn_ext/*.so flash_attn_ext/include flash_attn_ext/share .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 Layout (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim) for the varlen functions.
 """
 
+from . import flops  # noqa: F401  (registers FLOP counts)
 from .attention import attention, attention_varlen, merge, softmax
 from .errors import InputError
 from .explain import Explanation, backends, explain

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m flash_attn_ext", description="Exact attention: FlashAttention ops."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("info", help="what is installed, what it runs on, and what is missing and why")
+    info = commands.add_parser("info", help="what is installed, what it runs on, and what is missing and why")
+    info.add_argument("--cmake", action="store_true", help="only the CMAKE_PREFIX_PATH for C++ programs")
     commands.add_parser("verify", help="checks outputs and gradients on every device of this machine")
     _add_explain(commands.add_parser("explain", help="which backend and kernel a call takes, and why"))
     commands.add_parser("demo", help="parity, memory, a GPT trained, a pretrained model", add_help=False)
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return {"info": _info, "verify": _verify, "explain": _explain}[options.command](options)
 
 
-def _info(_: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> int:
+    if options.cmake:
+        print(LIBRARY.parent, torch.utils.cmake_prefix_path, sep=";")
+        return 0
     for name, value in _facts():
         print(f"{name:20} {value}")
     return 0

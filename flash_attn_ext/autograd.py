@@ -1,39 +1,42 @@
-"""Gradients and vmap of the ops.
+"""Gradients, forward mode and vmap of the ops.
 
 Each op has one autograd.Function. The public functions apply it directly: with forward and setup_context apart it works
 under torch.func, and it costs less per call than a registered formula. Its static methods are registered for the raw
 op too, so that whoever calls torch.ops.flash_attn_ext.forward can train as well.
 
-Attention and merge have no gradient of the gradient, and say so when one is asked for; softmax has one.
+Kernels compute results and gradients; derivatives beyond are in derivatives.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from . import batching
-from .ops import ops
+from . import batching, derivatives, reference
+from .ops import OPTIONAL_TENSORS, ops
 
 # Places among the arguments of the op forward: q, k, v, nine optional tensors, then numbers.
 _BIAS, _SINKS, _FIRST_NUMBER = 3, 6, 12
+_TENSORS = ("q", "k", "v", *OPTIONAL_TENSORS)
 
 
 def run(function: type[Function], *args: Any) -> Any:
-    """Applies `function` where autograd or torch.func has to see it, and else calls its op straight away.
+    """Applies `function` where autograd or torch.func has to see it, and else calls its op straight away."""
+    if torch.compiler.is_compiling():
+        from . import tracing
 
-    While torch.compile traces, the op always: it carries the same formula, and Dynamo takes no autograd.Function with
-    one tensor in two places, as in attention(x, x, x).
-    """
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and _any_requires_grad(args))
-    ):
-        return function.apply(*args)
-    return function.forward(*args)
+        return tracing.run(function, *args)
+    differentiates = (
+        torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and _any_requires_grad(args))
+        or forward_ad._current_level >= 0
+    )
+    return function.apply(*args) if differentiates else function.forward(*args)
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
@@ -51,15 +54,52 @@ def _call(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "flash_attn_ext has no gradient of the gradient of attention and merge; where one is needed, use "
-        "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-    )
+def _numbers(numbers: tuple[Any, ...]) -> derivatives.Numbers:
+    """numbers: the arguments of the op forward from _FIRST_NUMBER on."""
+    _, _, left, right, softmax_scale, softcap, dropout_p, *_ = numbers
+    return derivatives.Numbers((left, right), softmax_scale, softcap, dropout_p)
+
+
+def _derivatives_of(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...]
+) -> tuple[list[int], tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
+    """Places of the floating-point tensors among the inputs, these tensors, and `function` as one of them alone."""
+    places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def of_variables(*variables: Tensor) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        for place, x in zip(places, variables, strict=True):
+            given[place] = x
+        return function(*given)
+
+    return places, tuple(inputs[place] for place in places), of_variables
+
+
+def _transposed(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...], cotangents: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """J^T cotangents, a result for each input."""
+    places, variables, of_variables = _derivatives_of(function, inputs)
+    found = derivatives.transposed(of_variables, variables, cotangents)
+    results: list[Tensor | None] = [None] * len(inputs)
+    for place, result in zip(places, found, strict=True):
+        results[place] = result
+    return tuple(results)
+
+
+def _directional(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...], directions: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """J directions, a result for each output."""
+    places, variables, of_variables = _derivatives_of(function, inputs)
+    chosen = (directions[place] for place in places)
+    given = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(variables, chosen, strict=True))
+    return derivatives.directional(of_variables, variables, given)
 
 
 class Attention(Function):
@@ -71,7 +111,7 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output, *inputs[:_FIRST_NUMBER])
+        _save(ctx, *output, *inputs[:_FIRST_NUMBER])
         ctx.numbers = inputs[_FIRST_NUMBER:]
         ctx.set_materialize_grads(False)
 
@@ -93,6 +133,14 @@ class Attention(Function):
         return tuple(grads)
 
     @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *tensors = saved
+        given = dict(zip(_TENSORS, tensors, strict=True))
+        along = dict(zip(_TENSORS, directions, strict=False))
+        return derivatives.tangents(given, _numbers(ctx.numbers), out, lse, along)
+
+    @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, *args: Any) -> batching.Mapped:
         return batching.forward(partial(run, Attention), info, in_dims, *args)
 
@@ -104,12 +152,34 @@ class AttentionBackward(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _call(ops.backward.default, *args)
 
-    setup_context = staticmethod(_save_nothing)
-    backward = staticmethod(_no_double_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, *inputs[: _FIRST_NUMBER + 4])
+        ctx.numbers = inputs[_FIRST_NUMBER + 4 :]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = (*ctx.saved_tensors, *ctx.numbers)
+        return _transposed(_attention_backward, inputs, cotangents)
+
+    @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, ...]:
+        return _directional(_attention_backward, (*saved, *ctx.numbers), directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, *args: Any) -> batching.Mapped:
         return batching.backward(partial(run, AttentionBackward), info, in_dims, *args)
+
+
+def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The op backward, in torch's operations."""
+    tensors, numbers = args[: _FIRST_NUMBER + 4], args[_FIRST_NUMBER + 4 :]
+    names = ("dout", "dlse", "q", "k", "v", "out", "lse", *OPTIONAL_TENSORS)
+    given = dict(zip(names, tensors, strict=True))
+    found = derivatives.gradients(given, _numbers(numbers))
+    dbias = found["bias"] if numbers[-1] else given["q"].new_empty(0)
+    return found["q"], found["k"], found["v"], dbias, found.get("sinks", given["lse"].new_empty(0))
 
 
 class Merge(Function):
@@ -121,11 +191,16 @@ class Merge(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
+        _save(ctx, *inputs, *output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         return run(MergeBackward, dout, dlse, *ctx.saved_tensors)
+
+    @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, ...]:
+        return _directional(_merge, saved[:4], directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, *args: Any) -> batching.Mapped:
@@ -139,12 +214,33 @@ class MergeBackward(Function):
     def forward(*args: Tensor) -> tuple[Tensor, ...]:
         return _call(ops.merge_backward.default, *args)
 
-    setup_context = staticmethod(_save_nothing)
-    backward = staticmethod(_no_double_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return _transposed(_merge_backward, ctx.saved_tensors, cotangents)
+
+    @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, ...]:
+        return _directional(_merge_backward, saved, directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, *args: Any) -> batching.Mapped:
         return batching.merge(partial(run, MergeBackward), info, in_dims, *args)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The op merge, in torch's operations."""
+    out, lse = reference.merge(out_a, lse_a, out_b, lse_b)
+    return out.to(out_a.dtype), lse
+
+
+def _merge_backward(dout: Tensor, dlse: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The op merge_backward, in torch's operations. The result that it is given is one of its inputs, too."""
+    return derivatives.transposed(_merge, tensors[:4], (dout, dlse))
 
 
 class Softmax(Function):
@@ -156,12 +252,18 @@ class Softmax(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+        _save(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return run(SoftmaxBackward, dy, y)
+
+    @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], direction: Tensor) -> Tensor:
+        (y,) = saved
+        return run(SoftmaxBackward, direction, y)  # the Jacobian is symmetric
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, x: Tensor) -> tuple[Tensor, int]:
@@ -177,7 +279,7 @@ class SoftmaxBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        _save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +288,18 @@ class SoftmaxBackward(Function):
         return run(SoftmaxBackward, ddx, y), through_y
 
     @staticmethod
+    @derivatives.forward_mode
+    def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> Tensor:
+        return _directional(_softmax_backward, saved, directions)[0]
+
+    @staticmethod
     def vmap(info: Any, in_dims: batching.InDims, *args: Any) -> tuple[Tensor, int]:
         return batching.softmax(partial(run, SoftmaxBackward), info, in_dims, *args)
+
+
+def _softmax_backward(dy: Tensor, y: Tensor) -> tuple[Tensor]:
+    """The op softmax_backward, in torch's operations."""
+    return (y * (dy - (dy * y).sum(-1, keepdim=True)),)
 
 
 class _RawAttention(Attention):

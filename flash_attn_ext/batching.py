@@ -1,6 +1,8 @@
 """Rules for torch.vmap: the mapped dimension joins the batch dimension, so that one call of the op does all members.
 
-A rule gets, after torch.vmap's own info and in_dims, the arguments of its op, and calls the op as `call`.
+Where members cannot share a call, each gets its own: packed sequences, dropout (whose bits are numbered by the place in
+the batch), sinks that differ, and gradients of sinks. A rule gets, after torch.vmap's own info and in_dims, the
+arguments of its op, and calls the op as `call`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Call = Callable[..., Any]
@@ -15,12 +18,16 @@ InDims = tuple[int | None, ...]
 # Results, and where the mapped dimension is in each (None: nowhere).
 Mapped = tuple[tuple[Tensor, ...], InDims]
 
-_TENSORS = 12  # tensor arguments of the op forward: q, k, v and nine optional ones
+# Tensor arguments of the op forward: q, k, v and nine optional ones, and places among them.
+_TENSORS = 12
+_SINKS, _CU_SEQLENS, _RNG_STATE = 6, 7, 11
 
 
 def forward(call: Call, info: Any, in_dims: InDims, *args: Any) -> Mapped:
     size = info.batch_size
     moved, mapped = _in_front(in_dims, args)
+    if mapped[_SINKS] or _one_call_each(moved):
+        return _one_by_one(call, size, moved, mapped)
     tensors = _fold_inputs(size, moved[:_TENSORS], mapped[:_TENSORS], bias_per_member=False)
     return _unfold(size, *call(*tensors, *moved[_TENSORS:])), (0, 0)
 
@@ -30,9 +37,9 @@ def backward(call: Call, info: Any, in_dims: InDims, *args: Any) -> Mapped:
     moved, mapped = _in_front(in_dims, args)
     # dout, dlse, (q, k, v), out, lse, (nine optional tensors), numbers
     inputs, inputs_mapped = moved[2:5] + moved[7 : _TENSORS + 4], mapped[2:5] + mapped[7 : _TENSORS + 4]
-    bias, sinks, bias_requires_grad = inputs[3], inputs[6], moved[-1]
-    if sinks is not None:
-        raise NotImplementedError("flash_attn_ext: vmap over the gradient of attention with sinks is not supported")
+    bias, bias_requires_grad = inputs[3], moved[-1]
+    if inputs[_SINKS] is not None or _one_call_each(inputs):
+        return _one_by_one(call, size, moved, mapped)
     dout, dlse, out, lse = (_fold(size, moved[i], mapped[i]) for i in (0, 1, 5, 6))
     q, k, v, *options = _fold_inputs(size, inputs, inputs_mapped, bias_per_member=bias_requires_grad)
     dq, dk, dv, dbias, dsinks = call(dout, dlse, q, k, v, out, lse, *options, *moved[_TENSORS + 4 :])
@@ -58,6 +65,18 @@ def softmax(call: Call, info: Any, in_dims: InDims, *args: Any) -> tuple[Tensor,
     """For softmax and its backward, which take any number of leading dimensions."""
     moved = zip(*_in_front(in_dims, args), strict=True)
     return call(*(_members(info.batch_size, x, mapped) for x, mapped in moved)), 0
+
+
+def _one_call_each(inputs: Sequence[Any]) -> bool:
+    """Packed sequences or dropout, by the tensor arguments of the op forward."""
+    return inputs[_CU_SEQLENS] is not None or inputs[_RNG_STATE] is not None
+
+
+def _one_by_one(call: Call, size: int, args: Sequence[Any], mapped: Sequence[bool]) -> Mapped:
+    """One call for each member; the mapped arguments have their members in front."""
+    calls = [call(*(x[i] if m else x for x, m in zip(args, mapped, strict=True))) for i in range(size)]
+    results = tuple(torch.stack(members) for members in zip(*calls, strict=True))
+    return results, (0,) * len(results)
 
 
 def _in_front(in_dims: InDims, args: Sequence[Any]) -> tuple[list[Any], list[bool]]:
@@ -99,20 +118,6 @@ def _fold_inputs(size: int, args: Sequence[Any], mapped: Sequence[bool], bias_pe
         x = _members(size, x, mapped)
         return (x if x.dim() == 3 else x[:, None].expand(-1, batch, -1)).flatten(0, 1)
 
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        raise NotImplementedError(
-            "flash_attn_ext: vmap over packed sequences (cu_seqlens) is not supported; pack the members of the map as "
-            "more sequences of one call instead"
-        )
-    if mapped[6]:
-        raise NotImplementedError("flash_attn_ext: vmap over sinks is not supported; use the same for all members")
-    if rng_state is not None:
-        if not mapped[11]:
-            raise NotImplementedError(
-                "flash_attn_ext: vmap with dropout needs randomness='different': the members of the map become members "
-                "of one batch, and each of those drops elements of its own"
-            )
-        rng_state = rng_state[0]
     return [
         _fold(size, q, mapped[0]),
         _fold(size, k, mapped[1]),

@@ -47,13 +47,13 @@ def raise_input_error(
 
     kinds: for each argument that has one, its kind. unmet: constraints that are known to be unmet already.
     """
-    constraints = [*unmet, *(_wrong_kinds(arguments, kinds) or _constraints_of(error))]
+    constraints = [*unmet, *(_wrong_kinds(arguments, kinds) or constraints_of(error))]
     if not constraints or isinstance(error, InputError):
         raise error
     raise InputError(function, constraints) from None
 
 
-def _constraints_of(error: Exception) -> list[str]:
+def constraints_of(error: Exception) -> list[str]:
     """The unmet constraints that an op's own check found; none if `error` is of another kind."""
     first, *lines = str(error).splitlines() or [""]
     return [line.removeprefix(_BULLET) for line in lines] if first.startswith(_PREFIX) else []

@@ -221,7 +221,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             q, k, v = (linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
-        batch = len(k)
+        batch = k.shape[0]  # len() would fix its size where a tracer wants it free
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat((x, b.expand(batch, -1, -1)), 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:

@@ -53,7 +53,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # The tensors among the options of forward and backward, in the order of the schema; numbers follow.
-_OPTIONAL_TENSORS = (
+OPTIONAL_TENSORS = (
     *("bias", "mask", "alibi_slopes", "sinks"),
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state"),
 )
@@ -69,7 +69,7 @@ def _check_one_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    _check_one_device("forward", q=q, k=k, v=v, **dict(zip(_OPTIONAL_TENSORS, options, strict=False)))
+    _check_one_device("forward", q=q, k=k, v=v, **dict(zip(OPTIONAL_TENSORS, options, strict=False)))
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     *batch, rows, heads, _ = q.shape  # batch is empty for packed tensors
     return out, q.new_empty((*batch, heads, rows), dtype=stats_dtype(q.dtype))
@@ -78,7 +78,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = dict(zip(_OPTIONAL_TENSORS, options, strict=False))
+    given = dict(zip(OPTIONAL_TENSORS, options, strict=False))
     _check_one_device("backward", q=q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, **given)
     bias, sinks, bias_requires_grad = given["bias"], given["sinks"], options[-1]
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else q.new_empty((0,))

@@ -215,7 +215,7 @@ def tiled_attention(
     """
     scale = _softmax_scale(softmax_scale, q)
     window, shift = _window(causal, window_size), k.shape[1] - q.shape[1]
-    q, k, v = _by_head(q, k, v)
+    q, k, v = by_head(q, k, v)
     out, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_zeros(q.shape[:-1])
     for rows in _blocks(q.shape[-2], block_q):
         q_tile = q[..., rows, :]
@@ -258,7 +258,7 @@ def tiled_attention_backward(
     window, shift = _window(causal, window_size), k.shape[1] - q.shape[1]
     batch, _, heads, _ = q.shape
     heads_kv = k.shape[2]
-    q, k, v = _by_head(q, k, v)
+    q, k, v = by_head(q, k, v)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -285,7 +285,7 @@ def _softmax_scale(softmax_scale: float | None, q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
 
 
-def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, seqlen, heads, dim) to (batch, heads, seqlen, dim), with a key head for every query head."""
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
@@ -302,7 +302,7 @@ def _window(causal: bool, window_size: tuple[int, int]) -> Window:
     return left, 0 if causal else right
 
 
-def _in_window(offset: Tensor, window: Window) -> Tensor:
+def in_window(offset: Tensor, window: Window) -> Tensor:
     """Whether a score counts that lies `offset` keys right of the diagonal (negative: left of it)."""
     left, right = window
     inside = torch.ones_like(offset, dtype=torch.bool)
@@ -324,7 +324,7 @@ def _visible_tile(rows: slice, cols: slice, shift: int, window: Window, device: 
         return None
     row = torch.arange(rows.start, rows.stop, device=device)
     col = torch.arange(cols.start, cols.stop, device=device)
-    return _in_window(col - (row[:, None] + shift), window)
+    return in_window(col - (row[:, None] + shift), window)
 
 
 # ---- Dropout bits ---------------------------------------------------------------------------------------------------
@@ -355,13 +355,21 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def dropout_keep_mask(
-    rng_state: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
+    rng_state: Tensor,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    *,
+    first_batch: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """Which probabilities dropout keeps: bool (batch, heads, seqlen_q, seqlen_k), True = kept.
 
     A pure function of (seed, offset, batch, head, row, column), whatever the tiling: csrc/core/philox.h says how the
     bits are numbered. Each element owns 16 bits and is dropped when they are below dropout_p, rounded to 2^-16.
-    rng_state: int64 (2,), seed and offset.
+    rng_state: int64 (2,), seed and offset. The part that is wanted begins at first_batch and first_key, 16 times n.
     """
     seed, offset = rng_state.unbind()
     # A block of 16 x 16 elements takes 8 x 4 calls, each of which serves rows {r, r + 8} by columns {c, c + 1, c + 8,
@@ -369,9 +377,9 @@ def dropout_keep_mask(
     blocks_q, blocks_k = (seqlen_q + 15) // 16, (seqlen_k + 15) // 16
     ranges = (torch.arange(n, device=rng_state.device) for n in (batch * heads, blocks_q * 8, blocks_k * 4))
     batch_head, row, col = torch.meshgrid(*ranges, indexing="ij")
-    counter = torch.stack((col, row, batch_head, (offset & _WORD).expand_as(col)), -1)
-    words = philox4x32(counter, torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
-    words = words.view(batch * heads, blocks_q, 8, blocks_k, 4, 2, 2)  # row % 8; column / 2 % 4, / 8 % 2 and % 2
+    place = (col + first_key // 4, row, batch_head + first_batch * heads, (offset & _WORD).expand_as(col))
+    words = philox4x32(torch.stack(place, -1), torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
+    words = words.reshape(batch * heads, blocks_q, 8, blocks_k, 4, 2, 2)  # row % 8; column / 2 % 4, / 8 % 2 and % 2
     bits = torch.stack((words & 0xFFFF, words >> 16), 2).transpose(-2, -3)
     keep = bits.reshape(batch, heads, blocks_q * 16, blocks_k * 16) >= math.floor(dropout_p * 65536 + 0.5)
     return keep[:, :, :seqlen_q, :seqlen_k]
@@ -440,12 +448,12 @@ def attention(
     col = torch.arange(seqlen_k, device=q.device)
     offset = col - (row + length_k - length_q)  # (batch, 1, seqlen_q, seqlen_k): keys right of the diagonal
     row_used, key_used = row < length_q, col < length_k  # (batch, 1, seqlen_q, 1) and (batch, 1, 1, seqlen_k)
-    visible = row_used & key_used & _in_window(offset, window)
+    visible = row_used & key_used & in_window(offset, window)
     if mask is not None:
         visible = visible & mask
 
     # Whatever lies beyond the lengths, NaN included, must not reach the products: 0 * NaN is NaN.
-    q, k, v = (t.to(dtype) for t in _by_head(q, k, v))
+    q, k, v = (t.to(dtype) for t in by_head(q, k, v))
     q = q.masked_fill(~row_used, 0.0)
     k, v = (t.masked_fill(~key_used.transpose(-1, -2), 0.0) for t in (k, v))
 

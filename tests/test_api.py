@@ -182,17 +182,6 @@ def test_merge_is_attention_over_both_sets_of_keys() -> None:
     torch.testing.assert_close(packed, tuple(x[0] for x in whole), **CLOSE)
 
 
-@pytest.mark.parametrize("function", ["attention", "merge"])
-def test_second_derivatives_are_refused(function: str) -> None:
-    """Also where a loss goes on without them: a wrong gradient would be silent."""
-    x = normal(1, 3, 2, 4).requires_grad_()
-    _, lse, other, other_lse = merge_inputs()
-    out = attention(x, x, x) if function == "attention" else merge(x, lse, other, other_lse)[0]
-    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no gradient of the gradient"):
-        (out.sum() + gradient.square().sum()).backward()
-
-
 def test_raw_ops_train_too() -> None:
     q, k, v = qkv(requires_grad=True)
     out, lse = RAW.forward(q, k, v, *[None] * 12, 0, 0.3, 0.0, 0.0, False)
@@ -227,9 +216,6 @@ def test_func_second_derivatives() -> None:
     expected = torch.func.hessian(lambda x: torch.softmax(x, -1).sin().sum())
     own = torch.func.jacrev(torch.func.jacrev(lambda x: softmax(x).sin().sum()))
     torch.testing.assert_close(own(x), expected(x), **CLOSE)
-    q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match="no gradient of the gradient"):
-        torch.func.grad(lambda q: torch.func.grad(loss_of)(q, k, v).sum())(q)
 
 
 def test_jacrev() -> None:
@@ -345,7 +331,7 @@ def test_vmap_of_the_raw_ops() -> None:
 
 
 def test_vmap_with_dropout() -> None:
-    """The members are one batch: each drops its own elements, and no two maps the same."""
+    """randomness='different': each member drops its own elements, and no two maps the same."""
     q, k, v = qkv()
     queries = q.expand(N, *q.shape)
     call = torch.vmap(lambda q: attention(q, k, v, dropout_p=0.5), randomness="different")
@@ -356,17 +342,21 @@ def test_vmap_with_dropout() -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_vmap_says_what_it_cannot_do() -> None:
+def test_vmap_with_one_call_each() -> None:
+    """Packed sequences of each, sinks of each, gradients of sinks, and the same dropout for all."""
     q, k, v = qkv()
-    queries, cu_seqlens, sinks = q.expand(N, *q.shape), int32(0, 5), normal(4)
-    with pytest.raises(NotImplementedError, match="packed sequences"):
-        torch.vmap(lambda q: attention_varlen(q, q, q, cu_seqlens))(queries[:, 0])
-    with pytest.raises(NotImplementedError, match="over sinks"):
-        torch.vmap(lambda sinks: attention(q, k, v, sinks=sinks))(normal(N, 4))
-    with pytest.raises(NotImplementedError, match="gradient of attention with sinks"):
-        torch.vmap(torch.func.grad(lambda q: attention(q, k, v, sinks=sinks).sum()))(queries)
-    with pytest.raises(NotImplementedError, match="randomness='different'"):
-        torch.vmap(lambda q: attention(q, k, v, dropout_p=0.5), randomness="same")(queries)
+    queries, sinks = torch.stack([q, q.flip(1), -q]), normal(N, 4)
+    lengths = torch.stack([int32(0, 2, 5), int32(0, 4, 4), int32(0, 1, 3)])
+    call = lambda q, cu: attention_varlen(q, q, q, cu)  # noqa: E731
+    expected = torch.stack([call(*each) for each in zip(queries[:, 0], lengths, strict=True)])
+    torch.testing.assert_close(torch.vmap(call)(queries[:, 0], lengths), expected, **CLOSE)
+    loss = lambda q, sinks: attention(q, k, v, sinks=sinks).sin().sum()  # noqa: E731
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    expected = [torch.stack(x) for x in zip(*map(gradient, queries, sinks), strict=True)]
+    torch.testing.assert_close(list(torch.vmap(gradient)(queries, sinks)), expected, **CLOSE)
+    same = torch.vmap(lambda q: attention(q, k, v, dropout_p=0.5), randomness="same")(q.expand(N, *q.shape))
+    assert torch.equal(same[0], same[1])
+    assert not torch.allclose(same[0], attention(q, k, v))
 
 
 # ---- Autocast, explain, backends ------------------------------------------------------------------------------------

@@ -152,12 +152,15 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     libraries = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("*.so")}
-    assert modules | libraries | {"flash_attn_ext/py.typed"} <= names
+    cpp = {"include/flash_attn_ext/flash_attn_ext.h", "share/cmake/flash_attn_ext/flash_attn_extConfig.cmake"}
+    assert modules | libraries | {"flash_attn_ext/py.typed"} | {f"flash_attn_ext/{name}" for name in cpp} <= names
     assert not [name for name in names if not name.startswith("flash_attn_ext/")]
 
     with tarfile.open(sdist) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = {path for folder in ("csrc", "cmake", "build_backend") for path in (ROOT / folder).rglob("*.*")}
+    sources = {
+        path for folder in ("csrc", "cmake", "build_backend", "examples") for path in (ROOT / folder).rglob("*.*")
+    }
     sources = {str(path.relative_to(ROOT)) for path in sources if path.suffix != ".pyc"}
     assert sources | modules | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
 

@@ -193,6 +193,18 @@ def test_compiles_whole_and_dynamic(function: Callable[..., Tensor]) -> None:
     assert graphs == graphs[:1] * 3
 
 
+def test_many_lengths_compile_twice_without_being_asked() -> None:
+    """By default torch compiles for the first length, and at the second for all."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flash_attn_ext.attention, fullgraph=True, backend=counter)
+    graphs = []
+    for seqlen in (5, 8, 9, 16, 33, 40):
+        q, k = normal(2, seqlen, 4, 8), normal(2, seqlen, 2, 8)
+        assert torch.equal(compiled(q, k, k, causal=True), flash_attn_ext.attention(q, k, k, causal=True))
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 2, 2, 2]
+
+
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor() -> None:
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -252,6 +264,19 @@ def test_exports_with_dynamic_sizes() -> None:
     assert OPS.forward.default in targets
     q, k, v = normal(3, 12, 4, 8, seed=4), normal(3, 12, 2, 8, seed=5), normal(3, 12, 2, 8, seed=6)
     assert torch.equal(program.module()(q, k, v), Exported()(q, k, v))
+
+
+def test_module_exports_with_dynamic_sizes() -> None:
+    module = flash_attn_ext.MultiheadAttention(16, 4, batch_first=True, add_zero_attn=True).eval()
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return module(x, x, x, need_weights=False)[0]
+
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
+    program = torch.export.export(Block(), (normal(2, 7, 16),), dynamic_shapes=(sizes,))
+    x = normal(3, 12, 16, seed=1)
+    torch.testing.assert_close(program.module()(x), Block()(x))
 
 
 @pytest.mark.parametrize("call", CALLS)

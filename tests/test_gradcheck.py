@@ -41,7 +41,7 @@ OPTIONS = {
 @pytest.mark.cpu
 @pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
 def test_gradcheck(device: str, case: Case) -> None:
-    inputs = {name: None if t is None else _without_nan(t) for name, t in case.make().items()}
+    inputs = {name: None if t is None else without_nan(t) for name, t in case.make().items()}
     names = [name for name in LEAVES if inputs[name] is not None]
     leaves = [inputs[name].requires_grad_() for name in names]
 
@@ -53,5 +53,5 @@ def test_gradcheck(device: str, case: Case) -> None:
     assert torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
-def _without_nan(t: Tensor) -> Tensor:
+def without_nan(t: Tensor) -> Tensor:
     return t.nan_to_num(0.0) if t.is_floating_point() else t

@@ -88,10 +88,12 @@ class Trained:
 
 
 class Text:
-    """Python's help topics as numbers of tokens: frequent words, runs of marks and of spaces; 0 is any other."""
+    """A text, Python's help topics by default, as numbers of tokens: frequent words, runs of marks and of spaces; 0 is
+    any other."""
 
-    def __init__(self, vocabulary: int):
-        text = "\n\n".join(topics[name] for name in sorted(topics))
+    def __init__(self, vocabulary: int, text: str | None = None):
+        if text is None:
+            text = "\n\n".join(topics[name] for name in sorted(topics))
         pieces = re.findall(r" ?\w+| ?[^\w\s]+|\s+", text)
         self.tokens = ["", *(piece for piece, _ in Counter(pieces).most_common(vocabulary - 1))]
         self.number = {token: index for index, token in enumerate(self.tokens)}
@@ -159,27 +161,35 @@ def run(demo: Demo) -> None:
         f" Python's help texts ({len(text.ids):,} tokens), twice from the same seed,"
         f" in float32 on {device.type}."
     )
-    task, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]:.3f}")
-    with Progress(task, BarColumn(), loss, TimeRemainingColumn(), console=demo.console) as progress:
+    with progress_bar(demo) as progress:
         runs = {name: train(attend, text, s, device, progress, name) for name, attend in attentions.items()}
+    compare(demo, runs)
+    demo.console.print("  what the model with our attention writes:")
+    demo.console.print(sample(runs["ours"].model, text, s, device), style="italic", markup=False, highlight=False)
 
+
+def progress_bar(demo: Demo) -> Progress:
+    task, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]:.3f}")
+    return Progress(task, BarColumn(), loss, TimeRemainingColumn(), console=demo.console)
+
+
+def compare(demo: Demo, runs: dict[str, Trained]) -> None:
+    """Prints and plots two runs, of which the second is ours, and checks that they follow the same loss curve."""
     for name, trained in runs.items():
         demo.console.print(
             f"  {name:<8} loss {trained.losses[0]:.4f} -> {trained.losses[-1]:.4f}, held out {trained.held_out:.4f};"
             f" {trained.seconds:.1f} s, {mib(trained.bytes)} beyond the weights"
         )
-    distance = [abs(a - b) for a, b in zip(runs["softmax"].losses, runs["ours"].losses, strict=True)]
+    distance = [abs(a - b) for a, b in zip(*(trained.losses for trained in runs.values()), strict=True)]
     demo.console.print(
         f"  distance of the loss curves: {distance[0]:.1e} at the first step, {max(distance):.1e} at most"
     )
     # Rounding differs, and training amplifies it with every step; a wrong gradient shows from the second step on.
     demo.check(max(distance[:8]) < 1e-4 and max(distance) < 0.02, "both runs follow the same loss curve")
-    demo.console.print("  what the model with our attention writes:")
-    demo.console.print(sample(runs["ours"].model, text, s, device), style="italic", markup=False, highlight=False)
 
     with demo.plot("train", 2) as (loss_axes, distance_axes):
-        for name, style in (("softmax", "-"), ("ours", "--")):
-            loss_axes.plot(runs[name].losses, style, label=name, color=COLOURS[name])
+        for (name, trained), style, colour in zip(runs.items(), ("-", "--"), COLOURS.values(), strict=True):
+            loss_axes.plot(trained.losses, style, label=name, color=colour)
         loss_axes.set(title="training loss", xlabel="step", ylabel="nats per token")
         loss_axes.legend(frameon=False)
         distance_axes.semilogy([max(d, 1e-8) for d in distance], color="black", linewidth=0.8)

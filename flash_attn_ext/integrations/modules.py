@@ -1,0 +1,83 @@
+"""Models made of torch.nn.MultiheadAttention, nn.TransformerEncoder and nn.TransformerDecoder among them: `swap` makes
+each such module this package's `MultiheadAttention`, `unswap` makes it torch's again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import nn
+
+from ..modules import MultiheadAttention
+
+_TURNED_OFF = "_flash_attn_ext_turned_off_nested_tensors"  # a mark that `swap` leaves on an nn.TransformerEncoder
+
+
+class SwappedMultiheadAttention(MultiheadAttention):
+    """An nn.MultiheadAttention after `swap`: the same object, its parameters, hooks and buffers untouched."""
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """nn.TransformerEncoderLayer asks this before it computes attention itself, from the parameters, without
+        calling the module (in eval mode, without gradients). False is the answer that makes it call."""
+        return False
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What `swap` did; str() of it reads well."""
+
+    swapped: tuple[str, ...] = ()
+    """Names of the modules that are now this package's, as in `named_modules`; "" is the model itself."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Names of modules derived from nn.MultiheadAttention that were left as they are, and why."""
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)} nn.MultiheadAttention", *(f"  {_shown(name)}" for name in self.swapped)]
+        return "\n".join([*lines, *(f"left {_shown(name)}: {why}" for name, why in self.left.items())])
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def swap(model: nn.Module) -> Swapped:
+    """Replaces every torch.nn.MultiheadAttention inside `model` (or `model` itself), in place.
+
+    Modules keep their identity, parameters, state dict, hooks and places, so optimizers, checkpoints and wrappers go on
+    working. Results are those of `flash_attn_ext.MultiheadAttention`, whose docstring lists what differs; calls with
+    need_weights=True, which ask for the matrix of weights, get it from torch's operations. nn.TransformerEncoder turns
+    padded batches into nested tensors in eval mode; swapped ones do not.
+
+    Returns:
+        what was swapped, and which modules derived from nn.MultiheadAttention were not, with the reason.
+    """
+    names, left = [], {}
+    for name, module in model.named_modules():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = SwappedMultiheadAttention
+            names.append(name)
+        elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
+            left[name] = f"{type(module).__module__}.{type(module).__qualname__} may have a forward of its own"
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor and _holds_swapped(encoder):
+            encoder.use_nested_tensor = False
+            setattr(encoder, _TURNED_OFF, True)
+    return Swapped(tuple(names), left)
+
+
+def _holds_swapped(model: nn.Module) -> bool:
+    return any(type(module) is SwappedMultiheadAttention for module in model.modules())
+
+
+def unswap(model: nn.Module) -> tuple[str, ...]:
+    """Makes every module that `swap` has changed torch's again. Returns their names."""
+    names = []
+    for name, module in model.named_modules():
+        if type(module) is SwappedMultiheadAttention:
+            cast(nn.Module, module).__class__ = nn.MultiheadAttention
+            names.append(name)
+        elif hasattr(module, _TURNED_OFF):
+            delattr(module, _TURNED_OFF)
+            module.use_nested_tensor = True
+    return tuple(names)
