@@ -106,6 +106,7 @@ def attention_function(
         mask = _at_indices(mask, indices, seqlen_k)
 
     lengths = None if cu_seq_lens_q is None else (cu_seq_lens_q, cu_seq_lens_k)
+    scaling = _gpt2_scaling(module, q.shape[-1]) if scaling is None else scaling
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "softcap": softcap or 0.0,
@@ -187,6 +188,14 @@ def _band_options(
     if in_sequence == (None, None) and band.lengths is not None:
         return {"seqused_k": band.lengths}
     return {"window": band.window, "mask": band.padding[:, None, None]}
+
+
+def _gpt2_scaling(module: Any, head_dim: int) -> float | None:
+    """In transformers 4, GPT-2 leaves its scaling to attention functions that know its switches. None: not GPT-2."""
+    if not hasattr(module, "scale_attn_by_inverse_layer_idx"):
+        return None
+    layer = module.layer_idx + 1 if module.scale_attn_by_inverse_layer_idx else 1
+    return (head_dim**-0.5 if module.scale_attn_weights else 1.0) / layer
 
 
 def _at_indices(mask: Tensor | None, indices: Tensor, seqlen_k: int) -> Tensor:

@@ -1,0 +1,283 @@
+"""transformers' models with our attention against their own eager attention: outputs, gradients, generation.
+
+Small random models from the library's configs. In float32 both sides round differently in every layer: differences stay
+below 2e-5 of the largest value, where a single wrong mask element shows as 1e-2 and more. In float64, for models whose
+eager attention does not go through float32, below 1e-11.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", minversion="4.57", reason="transformers is not installed")
+
+import transformers
+
+from flash_attn_ext.integrations import transformers as fa_ext
+
+fa_ext.register()
+
+VOCAB = 99
+SEQLEN = 13
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+SEQ2SEQ = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "pad_token_id": 0,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+MIXED = ["sliding_attention", "full_attention"]
+WINDOW = 5
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SCALES = {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}
+
+# By name: the model class and its config's arguments.
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": WINDOW}),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": WINDOW, "layer_types": MIXED},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**GROUPED, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "attn_logit_softcapping": 0.5},
+    ),
+    "gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED}),
+    "phi": ("PhiForCausalLM", GROUPED),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2_scales": ("GPT2LMHeadModel", {**GPT2, **GPT2_SCALES}),
+    "gpt_neox": ("GPTNeoXForCausalLM", SIZES),
+    "opt": ("OPTForCausalLM", {**SIZES, "ffn_dim": 40, "word_embed_proj_dim": 32}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "attention_chunk_size": WINDOW,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 40,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", SIZES),
+    "roberta": ("RobertaForMaskedLM", {**SIZES, "pad_token_id": 0}),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        {**SIZES, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
+    ),
+}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+TEXT_TO_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", T5),
+    "bart": ("BartForConditionalGeneration", {**SEQ2SEQ, "max_position_embeddings": 64}),
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+CLIP = {"text_config": {**SIZES, "eos_token_id": 98}, "vision_config": VISION, "projection_dim": 16}
+WHISPER = {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}
+WHISPER |= {"begin_suppress_tokens": None, "suppress_tokens": None}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+    "vit": ("ViTModel", VISION),
+    "clip": ("CLIPModel", CLIP),
+}
+MODELS = {**DECODERS, **ENCODERS, **TEXT_TO_TEXT, **OTHERS}
+# Models whose eager attention has a softmax in the model's own dtype.
+EXACT = ("bert", "roberta", "distilbert", "gpt2", "t5", "bart", "whisper", "llama4")
+
+# Models that do not divide their scores by the root of the head dim.
+UNSCALED = ("t5", "gpt2_scales")
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    class_name, arguments = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    config = model_class.config_class(**arguments, **({} if name == "clip" else {"attn_implementation": "eager"}))
+    model = model_class(config)
+    model.set_attn_implementation("eager")
+    if name not in UNSCALED:  # larger scores than those of a new model, so that a wrong one shows
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    return model.to(dtype).eval()
+
+
+def token_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str) -> Tensor:
+    mask = torch.ones(3, SEQLEN, dtype=torch.int64)
+    if side == "right":
+        mask[1, -4:] = mask[2, -9:] = 0
+    elif side == "left":
+        mask[1, :4] = mask[2, :9] = 0
+    return mask
+
+
+def inputs_of(name: str, side: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    ids, mask = token_ids(3, SEQLEN), padding(side)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if name == "vit":
+        return {"pixel_values": pixels}
+    if name == "clip":
+        return {"input_ids": torch.cat([ids, ids.new_full((3, 1), 98)], 1), "pixel_values": pixels}
+    if name == "whisper":
+        features = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return {"input_features": features, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    if name in TEXT_TO_TEXT:
+        decoder_mask = padding("right" if side == "right" else "none")[:, :9]
+        inputs |= {"decoder_input_ids": token_ids(3, 9, seed=1), "decoder_attention_mask": decoder_mask}
+    return inputs
+
+
+def step(model: Any, implementation: str, inputs: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
+    """Outputs at places that are tokens, and the gradients of all parameters."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    outputs = model(**inputs)
+    results = {}
+    for key in ("logits", "last_hidden_state", "image_embeds", "text_embeds"):
+        if getattr(outputs, key, None) is not None:
+            results[key] = outputs[key] if valid is None else outputs[key][valid]
+    loss = 0
+    for seed, result in enumerate(results.values()):
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result.dtype)
+        loss = loss + (result * weights).sum()
+    loss.backward()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    return {**{key: result.detach() for key, result in results.items()}, **gradients}
+
+
+def assert_same(model: Any, inputs: dict[str, Tensor], valid: Tensor | None = None, tolerance: float = 2e-5) -> None:
+    expected = step(model, "eager", inputs, valid)
+    actual = step(model, fa_ext.NAME, inputs, valid)
+    assert actual.keys() == expected.keys()
+    # A gradient that is zero but for rounding, like that of a bias of keys, is measured by the others.
+    scale = max(x.abs().max() for key, x in expected.items())
+    for key, x in expected.items():
+        largest = max(x.abs().max(), 1e-2 * scale)
+        assert (actual[key] - x).abs().max() <= tolerance * largest, key
+
+
+def valid_places(inputs: dict[str, Tensor]) -> Tensor | None:
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    return None if mask is None else mask.bool()
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name: str, side: str) -> None:
+    if name in OTHERS and side != "none":
+        pytest.skip("takes no padding mask")
+    inputs = inputs_of(name, side, torch.float32)
+    assert_same(build(name), inputs, valid_places(inputs))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_float64_is_exact(name: str) -> None:
+    inputs = inputs_of(name, "right", torch.float64)
+    assert_same(build(name, torch.float64), inputs, valid_places(inputs), tolerance=1e-11)
+
+
+def generate(model: Any, implementation: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    model.set_attn_implementation(implementation)
+    result = model.generate(
+        **inputs,
+        min_new_tokens=10,
+        max_new_tokens=10,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return result.sequences, torch.stack(result.logits)
+
+
+def assert_generates_the_same(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    expected, expected_logits = generate(model, "eager", inputs, **options)
+    actual, logits = generate(model, fa_ext.NAME, inputs, **options)
+    assert torch.equal(actual, expected)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-5 * float(expected_logits.abs().max()))
+
+
+def prompt(name: str, side: str = "left") -> dict[str, Tensor]:
+    inputs = inputs_of(name, side, torch.float32)
+    return {key: x for key, x in inputs.items() if not key.startswith("decoder")}
+
+
+GENERATORS = [*DECODERS, *TEXT_TO_TEXT, "whisper"]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_greedy_generation(name: str) -> None:
+    assert_generates_the_same(build(name), prompt(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "t5", "bart"])
+def test_beam_search(name: str) -> None:
+    assert_generates_the_same(build(name), prompt(name), num_beams=3)
