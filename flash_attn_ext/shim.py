@@ -6,8 +6,8 @@
     shim.uninstall()
 
 Nothing happens without `install`, and `uninstall` undoes all of it. There are the modules flash_attn,
-flash_attn.flash_attn_interface and flash_attn.bert_padding; others, such as flash_attn.layers, do not exist. Code that asks
-importlib.metadata for the version of the distribution flash-attn, as transformers does, is told VERSION.
+flash_attn.flash_attn_interface and flash_attn.bert_padding; others, such as flash_attn.layers, do not exist. Code that
+asks importlib.metadata for the version of the distribution flash-attn, as transformers does, is told VERSION.
 """
 
 from __future__ import annotations

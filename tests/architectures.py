@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCAB = 160
 SEQLEN = 12
-LARGEST = 60_000_000  # parameters
+LARGEST = 130_000_000  # parameters
 
 # A config's entries by pattern of their name, the first that fits: what a small model has there.
 SMALL: tuple[tuple[str, int], ...] = (
@@ -39,13 +39,35 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r".*_layers|n_layers?|num_layers|.*num_blocks|depth|encoder_layers|decoder_layers|num_hidden_layers", 2),
     (r"max_(position_embeddings|sequence_length|seq_len)|n_positions|n_ctx|max_target_positions", 128),
     (r".*(hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|embed_size|hidden_dim|out_dim|dim)", 32),
+    (r"image_size", 384),
     (r".*projection_(dim|size)|width|out_hidden_size|output_dim|cross_attention_dim", 32),
 )
 # Of these the default stays: they count something else, or are checked against tables.
 KEEP = re.compile(
     r".*(conv|kernel|stride|rotary|rope|temporal|mrope|num_labels|mamba|ssm|linear_|window|first_k|rank_ratio).*"
 )
+# Entries that a config derives from others, or that name layers which a small model does not have.
+DERIVED = (
+    *("transformers_version", "architectures", "model_type", "torch_dtype", "dtype", "rope_scaling"),
+    *("out_features", "out_indices", "stage_names", "qk_head_dim", "per_layer_config", "id2label", "label2id"),
+)
 TOKEN = re.compile(r".*token_(id|index)(_.*)?|.*_token_id|pad_token_id")
+
+
+# What stands for None, in configs that cannot be built from their defaults.
+FILL = {"head_dim": 8, "vocab_size": VOCAB, "num_experts_per_tok": 2, "prediction_length": 8, "moe_topk": 2}
+
+
+@dataclass(frozen=True)
+class Level:
+    """How small."""
+
+    layers: int = 2
+    keep_head_dim: bool = False
+    only_layers: bool = False
+
+
+LEVELS = (Level(), Level(keep_head_dim=True), Level(layers=9), Level(only_layers=True))
 
 
 @dataclass(frozen=True)
@@ -83,45 +105,52 @@ def model_classes(name: str) -> list[type[PreTrainedModel]]:
     return sorted(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
-def small(entries: dict[str, Any], level: int) -> dict[str, Any]:
-    """A config's entries with small sizes. level 0 changes all that it knows, 1 layers and tokens only."""
-    result: dict[str, Any] = {}
-    for key, value in entries.items():
-        result[key] = _small(key, value, level)
-    layers = result.get("num_hidden_layers", result.get("num_layers", result.get("n_layer")))
+def small(entries: dict[str, Any], level: Level) -> dict[str, Any]:
+    """A config's entries with small sizes."""
+    entries = {key: value for key, value in entries.items() if key not in DERIVED or key == "model_type"}
+    result = {key: _small(key, value, level) for key, value in entries.items()}
+    heads, heads_kv, hidden = "num_attention_heads", "num_key_value_heads", "hidden_size"
+    if heads_kv in entries and entries[heads_kv] == entries.get(heads):
+        result[heads_kv] = result[heads]
+    if level.keep_head_dim:
+        for size, count in ((hidden, heads), ("n_embd", "n_head"), ("d_model", "num_heads")):
+            if isinstance(entries.get(size), int) and isinstance(entries.get(count), int):
+                result[size] = result[count] * (entries[size] // entries[count])
+    layers = next((result[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if key in result), None)
     for key, value in result.items():
         if key.endswith(("layer_types", "layers_block_type", "mlp_layer_types")) and isinstance(value, list) and value:
-            count = layers if isinstance(layers, int) else 2
+            count = layers if isinstance(layers, int) else level.layers
             kinds = sorted(set(value), key=value.index)
             result[key] = [kinds[i % len(kinds)] for i in range(count)]
     return result
 
 
-def _small(key: str, value: Any, level: int) -> Any:
+def _small(key: str, value: Any, level: Level) -> Any:
     if isinstance(value, dict):
         return small(value, level) if "model_type" in value or key.endswith("_config") else value
+    if value is None and not level.keep_head_dim:
+        return FILL.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if re.fullmatch(r".*vocab_size.*", key):
         return min(value, VOCAB)
     if TOKEN.fullmatch(key):
         return value if 0 <= value < 20 else VOCAB - 1 - sum(map(ord, key)) % 60
-    if KEEP.fullmatch(key):
+    if KEEP.fullmatch(key) or (level.keep_head_dim and key.endswith(("head_dim", "_rank", "d_kv"))):
         return value
     for pattern, size in SMALL:
         if re.fullmatch(pattern, key):
-            if level == 1 and "layers" not in key and "n_layer" not in key and "depth" not in key:
-                return value
-            return min(value, size)
+            is_depth = size == 2 and ("layer" in key or key in ("depth", "num_blocks"))
+            return min(value, level.layers) if is_depth else value if level.only_layers else min(value, size)
     return value
 
 
 def configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
+    """The smallest first; then with more of what the default has."""
     entries = config_class().to_dict()
-    for level in (0, 1):
+    for level in LEVELS:
         chosen = small(entries, level)
-        for key in ("transformers_version", "architectures", "model_type", "torch_dtype", "dtype", "rope_scaling"):
-            chosen.pop(key, None)
+        chosen.pop("model_type", None)
         try:
             yield config_class(**chosen)
         except Exception:
@@ -162,18 +191,19 @@ def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         for source in sources:
             for entry in names:
                 value = getattr(source, entry, None)
-                if value is not None:
+                if isinstance(value, int) or (isinstance(value, (list, tuple)) and "image_size" in names):
                     return value
         return default
 
     images = []
     if "pixel_values" in parameters:
         channels = first("num_channels", "in_channels", "in_chans", default=3)
-        for size in (first("image_size", "img_size", "input_size", default=64), 64, 224):
+        frames = first("num_frames", "frames_per_clip", default=2)
+        for size in (first("image_size", "img_size", "input_size", "crop_size", default=64), 64, 224):
             height, width = size if isinstance(size, (list, tuple)) else (size, size)
             if isinstance(height, int) and height <= 384:
-                images.append(noise(2, channels, height, width))
-                images.append(noise(1, channels, height, width))
+                images += [noise(2, channels, height, width), noise(1, channels, height, width)]
+                images.append(noise(1, frames, channels, height, width))
     sounds = []
     if "input_features" in parameters:
         bins = first("num_mel_bins", "n_mels", "feature_size", "input_channels", "input_feat_per_channel", default=80)
@@ -217,13 +247,13 @@ def smallest(name: str, reached: Any) -> Architecture:
         try:
             candidates = list(configs(model_class.config_class))
         except Exception as error:
-            errors[model_class.__name__] = f"config: {_line(error)}"
+            errors[model_class.__name__] = f"config: {one_line(error)}"
             continue
         for config in candidates:
             try:
                 model = _build(model_class, config)
             except Exception as error:
-                errors.setdefault(model_class.__name__, f"build: {_line(error)}")
+                errors.setdefault(model_class.__name__, f"build: {one_line(error)}")
                 continue
             for given in inputs(model):
                 try:
@@ -231,7 +261,7 @@ def smallest(name: str, reached: Any) -> Architecture:
                         return Architecture(name, model_class, model, given)
                     errors[model_class.__name__] = "attention is not reached by its inputs"
                 except Exception as error:
-                    errors.setdefault(model_class.__name__, f"run: {_line(error)}")
+                    errors.setdefault(model_class.__name__, f"run: {one_line(error)}")
     raise RuntimeError("; ".join(f"{key}: {value}" for key, value in errors.items()) or "defines no model")
 
 
@@ -245,5 +275,5 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
     return model_class(config).float().eval()
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"

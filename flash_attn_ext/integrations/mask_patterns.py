@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import masking_utils
 
-from .band_mask import Band
+from .masks import Band
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -167,7 +167,7 @@ def _is_what_it_is_taken_for(function: MaskFunction, seqlen: int) -> bool:
         expected = function(zero, zero, place[:, None], place)
     except (TypeError, ValueError, RuntimeError, IndexError):  # other names in the closure, other arguments
         return False
-    return band is not None and torch.equal(band.dense, expected.expand(1, 1, seqlen, seqlen))
+    return band is not None and torch.equal(band.dense(), expected.expand(1, 1, seqlen, seqlen))
 
 
 _learn()

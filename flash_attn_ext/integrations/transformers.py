@@ -5,8 +5,8 @@
     model.set_attn_implementation("fa_ext")       # or from_pretrained(..., attn_implementation="fa_ext")
 
 Registers an attention function and a mask function. The mask function describes causal order, sliding windows, chunks,
-packed sequences and padding (`BandMask`), so that no mask of seqlen_q x seqlen_k is in memory; what it does not
-recognise, and everything while torch.compile traces, it leaves to the library's own mask for SDPA, a boolean tensor.
+packed sequences and padding (`AttentionMask`), so that no mask of seqlen_q x seqlen_k is in memory. What it does not
+recognise, and everything while torch.compile traces, is the library's own mask for SDPA, a boolean tensor.
 A row that sees nothing, such as a padded query, gives 0, as with SDPA.
 """
 
@@ -24,8 +24,8 @@ except ImportError as error:
 
 from ..attention import Window, attend
 from ..errors import InputError
-from .band_mask import Band, BandMask
 from .mask_patterns import band_of_call
+from .masks import AttentionMask, Band
 
 NAME = "fa_ext"
 _FUNCTION = "integrations.transformers"
@@ -37,6 +37,8 @@ _NOT_TAKEN = {
     "block_indices": "attention to selected blocks of keys is not supported; use attn_implementation='eager'",
     "block_table": "paged caches are not supported",
 }
+# Models whose own code extends the mask by scores, and so needs one that is added to scores.
+_MODELS_WITH_ADDED_MASKS = ("deepseek_v4",)
 
 
 def register(name: str = NAME) -> None:
@@ -77,10 +79,11 @@ def attention_function(
     Args:
         query: (batch, heads, seqlen_q, head_dim).
         key, value: (batch, heads_kv, seqlen_k, head_dim and head_dim_v).
-        attention_mask: a `BandMask`; or a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), bool, True =
-            attend, or floating, added to the scores; or None: `is_causal` decides, as in torch's SDPA.
-        sliding_window: where attention_mask is None, a row sees that many keys, itself among them; a mask has the
-            window in it already.
+        attention_mask: an `AttentionMask`; or a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), bool with
+            True = attend, or floating, added to the scores; or None: rows see everything, as in eager attention.
+        is_causal, sliding_window: how packed sequences are masked where attention_mask is None (is_causal None: as the
+            module says); a row sees sliding_window keys, itself among them. A mask has both in it already. Without
+            packed sequences is_causal counts alone, from the top left corner.
         s_aux: (heads,) attention sinks. sinks: (batch, heads, seqlen_q, 1), a sink for every row.
         position_bias: broadcasts to (batch, heads, seqlen_q, seqlen_k); added to the scores.
         indices: (batch, seqlen_q, count): the keys that each row sees, as far as attention_mask lets it.
@@ -113,15 +116,21 @@ def attention_function(
         "sinks": s_aux,
         "dropout_p": dropout,
     }
-    if mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        options |= _band_options(_band_without_mask(q, seqlen_k, causal, sliding_window), bias, lengths)
-    elif isinstance(mask, BandMask) and not mask.band.is_written_out:
+    if mask is None or mask.shape[-1] == 0:
+        if mask is not None:
+            is_causal = True
+        elif lengths is not None and is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        left = None if lengths is None or sliding_window is None else sliding_window - 1
+        right = 0 if is_causal and seqlen_q > 1 else left
+        band = Band(batch, seqlen_q, seqlen_k, q.device, left, right)
+        options |= _band_options(band, bias, lengths)
+    elif isinstance(mask, AttentionMask) and mask.band is not None:
         options |= _band_options(mask.band, bias, lengths)
     elif cu_seq_lens_q is not None:
         raise InputError(_FUNCTION, ["cu_seq_lens_q must not be given beside a mask of its own, got both"])
     elif mask.dtype == torch.bool:
-        options["mask"] = mask
+        options["mask"] = mask.dense if isinstance(mask, AttentionMask) else mask
     else:
         bias = mask if bias is None else bias + mask
     if bias is not None:
@@ -144,22 +153,26 @@ def mask_function(**call: Any) -> Tensor | None:
     """transformers' mask function: takes the arguments of `masking_utils.sdpa_mask` of the installed version, by name.
 
     Returns:
-        A `BandMask`, or a tensor (batch, 1, seqlen_q, seqlen_k) of bool, True = attend; or None where the library's
-        rule for SDPA has it that nothing but causal order is to be masked.
+        An `AttentionMask`; or None where rows see everything. While torch.compile traces, and for the single rows that
+        may enter a compiled model, an ordinary boolean tensor (batch, 1, seqlen_q, seqlen_k), or, for causal order
+        alone, one without elements.
     """
+    if getattr(call.get("config"), "model_type", None) in _MODELS_WITH_ADDED_MASKS:
+        return masking_utils.eager_mask(**call)
     one_row = call.get("q_length") == 1 or ("cache_position" in call and len(call["cache_position"]) == 1)
-    # While torch traces, and for one row, whose mask is small and may enter a compiled model: ordinary tensors.
-    band = None if one_row or torch.compiler.is_compiling() else band_of_call(**call)
-    return masking_utils.sdpa_mask(**call) if band is None else BandMask(band)
-
-
-def _band_without_mask(q: Tensor, seqlen_k: int, causal: bool, sliding_window: int | None) -> Band:
-    """As in torch's SDPA: the diagonal starts in the top left corner, and a single row sees everything."""
-    batch, seqlen_q = q.shape[:2]
-    left = None if sliding_window is None else sliding_window - 1
-    if seqlen_q == 1:
-        return Band(batch, seqlen_q, seqlen_k, q.device, left, shift=seqlen_k - 1)
-    return Band(batch, seqlen_q, seqlen_k, q.device, left, right=0 if causal else left)
+    skips_causal = call.get("allow_is_causal_skip", True)
+    if torch.compiler.is_compiling() or (one_row and not skips_causal):
+        mask = masking_utils.sdpa_mask(**call)
+        if mask is not None or one_row or not skips_causal:
+            return mask
+        # None stands for causal order here. It must not reach the attention function as None, which it also gets from
+        # models whose rows see everything.
+        return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=call.get("device", "cpu"))
+    band = None if one_row else band_of_call(**call)
+    if band is not None:
+        return AttentionMask(band)
+    mask = masking_utils.sdpa_mask(**{**call, "allow_is_causal_skip": one_row})
+    return None if mask is None else AttentionMask(mask)
 
 
 def _band_options(
@@ -181,7 +194,7 @@ def _band_options(
         return {"window": in_sequence, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if band.cu_seqlens is not None:
         if bias is not None or band.padding is not None:  # they count in the batch, not in each sequence
-            return {"mask": band.dense}
+            return {"mask": band.dense()}
         return {"window": in_sequence, "cu_seqlens_q": band.cu_seqlens, "cu_seqlens_k": band.cu_seqlens}
     if band.padding is None:
         return {"window": band.window}

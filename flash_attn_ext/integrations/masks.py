@@ -1,4 +1,4 @@
-"""BandMask: a boolean attention mask that is described instead of stored."""
+"""AttentionMask: a boolean attention mask that is described, where it can be, instead of stored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,15 @@ class Band:
     """(batch, seqlen) bool: where one of several packed sequences starts."""
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, 1, self.seqlen_q, self.seqlen_k
+
+    @property
     def window(self) -> tuple[int | None, int | None]:
         """(left, right) as the ops count them: from the diagonal that ends in the bottom right corner."""
         moved = self.shift - (self.seqlen_k - self.seqlen_q)
         left = None if self.left is None else self.left - moved
         return left, None if self.right is None else self.right + moved
-
-    @property
-    def is_written_out(self) -> bool:
-        """Whether `dense` was asked for: code outside may then have written into it, so that it is what counts."""
-        return "dense" in self.__dict__
 
     @cached_property
     def cu_seqlens(self) -> Tensor | None:
@@ -64,9 +65,8 @@ class Band:
         columns = torch.arange(self.seqlen_k, device=self.device)
         return lengths if bool((self.padding == (columns < lengths[:, None])).all()) else None
 
-    @cached_property
     def dense(self) -> Tensor:
-        """(batch, 1, seqlen_q, seqlen_k) bool."""
+        """(batch, 1, seqlen_q, seqlen_k) bool, written out."""
         row = torch.arange(self.seqlen_q, device=self.device)[:, None] + self.shift
         key = torch.arange(self.seqlen_k, device=self.device)
         mask = torch.ones(1, 1, self.seqlen_q, self.seqlen_k, dtype=torch.bool, device=self.device)
@@ -82,31 +82,65 @@ class Band:
         return mask.expand(self.batch, -1, -1, -1)
 
 
-class BandMask(Tensor):
-    """A boolean tensor (batch, 1, seqlen_q, seqlen_k), True = attend, that has a shape and a `Band` but no memory.
+class AttentionMask(Tensor):
+    """A boolean tensor (batch, 1, seqlen_q, seqlen_k), True = attend. One that is a band has a shape, but no memory.
 
-    Attention reads the band. Any operation of torch on it works on the mask written out, and its result is an ordinary
-    tensor: code that slices a mask, or adds to it, gets what it would get from the mask itself.
+    Attention reads the band. Operations of torch work on the mask written out, and give ordinary tensors: code that
+    slices a mask gets what it would get from the mask itself. Two are different, for the code of models that expects
+    masks which are added to scores: adding it to floating numbers adds 0 and the least number of their dtype, and
+    turning it into floating numbers is an error, as they could be meant either way.
     """
 
-    band: Band
+    _band: Band | None
+    _dense: Tensor | None
 
     @staticmethod
-    def __new__(cls, band: Band) -> BandMask:
-        shape = (band.batch, 1, band.seqlen_q, band.seqlen_k)
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=band.device)
-        mask.band = band
-        return mask
+    def __new__(cls, mask: Band | Tensor) -> AttentionMask:
+        """mask: a band, or a boolean tensor."""
+        self = Tensor._make_wrapper_subclass(cls, mask.shape, dtype=torch.bool, device=mask.device)
+        self._band, self._dense = (mask, None) if isinstance(mask, Band) else (None, mask)
+        return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"BandMask({self.band})"
+        return f"AttentionMask({self._dense if self._dense is not None else self._band})"
+
+    @property
+    def band(self) -> Band | None:
+        """None: not a band; or it was written out, so that code outside may have written into it."""
+        return self._band if self._dense is None else None
+
+    @property
+    def dense(self) -> Tensor:
+        """The mask written out; the same tensor every time."""
+        if self._dense is None:
+            assert self._band is not None
+            self._dense = self._band.dense()
+        return self._dense
 
     # Only what reaches the dispatcher is of interest.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.detach.default:  # what gradient checkpointing does to every argument
-            return cls(args[0].band)
-        args, kwargs = tree_map(lambda x: x.band.dense if isinstance(x, cls) else x, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if func is aten.detach.default:  # what gradient checkpointing does to every argument
+            mask = args[0]
+            return cls(mask.dense if mask.band is None else mask.band)
+        if func is aten._to_copy.default and (kwargs.get("dtype") or torch.bool).is_floating_point:
+            raise TypeError(
+                "flash_attn_ext: a boolean attention mask (True = attend) must not be turned into floating numbers; "
+                "code that does this expects a mask of another kind: use attn_implementation='eager'"
+            )
+        floating = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+        added_to = floating[0] if floating and func in (aten.add.Tensor, aten.add_.Tensor) else None
+
+        def written_out(x: Any) -> Any:
+            if not isinstance(x, cls):
+                return x
+            if added_to is None:
+                return x.dense
+            scores = torch.zeros(x.shape, dtype=added_to, device=x.device)
+            return scores.masked_fill(~x.dense, torch.finfo(added_to).min)
+
+        args, kwargs = tree_map(written_out, (args, kwargs))
         return func(*args, **kwargs)
