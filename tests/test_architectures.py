@@ -27,7 +27,8 @@ from flash_attn_ext.integrations import transformers as fa_ext
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformers.md"
 BEGIN, END = "<!-- table architectures -->", "<!-- end -->"
-# Both sides round differently, in float32, in every layer. A wrong mask element shows as 1e-2 and more.
+# Both sides round differently, in float32, in every layer. Where a model magnifies that, three times the difference of
+# torch's SDPA is allowed. A wrong mask element shows as 1e-2 and more.
 TOLERANCE = 2e-5
 LARGEST_TOLERANCE = 1e-3
 
@@ -92,11 +93,12 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[
     return worst
 
 
-def tolerance(model: PreTrainedModel, inputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Three times what torch's SDPA differs by, where a model magnifies rounding."""
-    if not model._supports_sdpa:
-        return TOLERANCE
-    return min(max(TOLERANCE, 3 * difference(step(model, "sdpa", inputs), expected)[0]), LARGEST_TOLERANCE)
+def rounding(model: PreTrainedModel, inputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """What torch's SDPA differs by, where it can be asked for."""
+    try:
+        return difference(step(model, "sdpa", inputs), expected)[0]
+    except ValueError:  # some part of the model does not support it
+        return 0.0
 
 
 def examine(name: str) -> Finding:
@@ -104,7 +106,7 @@ def examine(name: str) -> Finding:
         found: Architecture = smallest(name, reaches_attention)
     except RuntimeError as error:
         return Finding(name, "", str(error))
-    model, calls = found.model, 0
+    model, calls, problem = found.model, 0, ""
     fa_ext.register()
 
     def counted(*args: object, **kwargs: object) -> tuple[Tensor, None]:
@@ -118,7 +120,8 @@ def examine(name: str) -> Finding:
         if any(x.isnan().any() for x in expected.values()):
             expected = step(model, "sdpa", found.inputs)
         error, where = difference(step(model, fa_ext.NAME, found.inputs), expected)
-        problem = f"{where} differs" if error > tolerance(model, found.inputs, expected) else ""
+        if error > TOLERANCE and error > min(3 * rounding(model, found.inputs, expected), LARGEST_TOLERANCE):
+            problem = f"{where} differs"
         if not calls:
             problem = "not called"
     except Exception as error:

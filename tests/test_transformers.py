@@ -7,6 +7,7 @@ eager attention does not go through float32, below 1e-11.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ pytest.importorskip("transformers", minversion="4.57", reason="transformers is n
 import transformers
 
 from flash_attn_ext.integrations import transformers as fa_ext
+from flash_attn_ext.integrations.masks import Band
 
 fa_ext.register()
 
+VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB = 99
 SEQLEN = 13
 SIZES = {
@@ -213,15 +216,18 @@ def step(model: Any, implementation: str, inputs: dict[str, Tensor], valid: Tens
     return {**{key: result.detach() for key, result in results.items()}, **gradients}
 
 
-def assert_same(model: Any, inputs: dict[str, Tensor], valid: Tensor | None = None, tolerance: float = 2e-5) -> None:
-    expected = step(model, "eager", inputs, valid)
-    actual = step(model, fa_ext.NAME, inputs, valid)
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     assert actual.keys() == expected.keys()
     # A gradient that is zero but for rounding, like that of a bias of keys, is measured by the others.
-    scale = max(x.abs().max() for key, x in expected.items())
+    scale = max(x.abs().max() for x in expected.values())
     for key, x in expected.items():
         largest = max(x.abs().max(), 1e-2 * scale)
         assert (actual[key] - x).abs().max() <= tolerance * largest, key
+
+
+def assert_same(model: Any, inputs: dict[str, Tensor], valid: Tensor | None = None, tolerance: float = 2e-5) -> None:
+    """Eager attention and ours give the same outputs and gradients."""
+    assert_close(step(model, fa_ext.NAME, inputs, valid), step(model, "eager", inputs, valid), tolerance)
 
 
 def valid_places(inputs: dict[str, Tensor]) -> Tensor | None:
@@ -281,3 +287,157 @@ def test_greedy_generation(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "t5", "bart"])
 def test_beam_search(name: str) -> None:
     assert_generates_the_same(build(name), prompt(name), num_beams=3)
+
+
+CACHED = ["llama", "mistral", "gemma2", "gpt_oss"]
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("name", CACHED)
+def test_static_cache(name: str, side: str) -> None:
+    assert_generates_the_same(build(name), prompt(name, side), cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_without_cache(name: str) -> None:
+    assert_generates_the_same(build(name), prompt(name), use_cache=False)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_whole_cache(name: str) -> None:
+    """By default the cache of layers with a window keeps no more than the window; this one keeps everything."""
+    model = build(name)
+    results = []
+    for implementation in ("eager", fa_ext.NAME):
+        cache = transformers.DynamicCache()
+        results.append(generate(model, implementation, prompt(name), past_key_values=cache)[0])
+    assert torch.equal(*results)
+
+
+def test_continues_from_a_cache_with_several_tokens() -> None:
+    for name in CACHED:
+        model = build(name)
+        results = []
+        for implementation in ("eager", fa_ext.NAME):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                cache = model(token_ids(2, 11), use_cache=True).past_key_values
+                results.append(model(token_ids(2, 6, seed=1), past_key_values=cache).logits)
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=2e-5 * float(results[0].abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"assistant": True}, {"prompt_lookup_num_tokens": 2}], ids=["assistant", "lookup"])
+def test_assisted_generation(options: dict[str, Any]) -> None:
+    model, assistant = build("llama"), build("llama")
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(0.05 * torch.randn_like(assistant.lm_head.weight))
+    assistant.set_attn_implementation(fa_ext.NAME)
+    given = {"assistant_model": assistant} if "assistant" in options else options
+    inputs = {"input_ids": token_ids(1, SEQLEN).repeat(1, 2), "attention_mask": torch.ones(1, 2 * SEQLEN)}
+    inputs["attention_mask"] = inputs["attention_mask"].long()
+    model.set_attn_implementation("eager")
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    model.set_attn_implementation(fa_ext.NAME)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False, **given), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4"])
+def test_packed_sequences(name: str) -> None:
+    """position_ids that restart: as eager attention, and for models that pass them on, as if sequences were alone."""
+    model, lengths = build(name), (5, 11, 8)
+    ids = token_ids(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    assert_same(model, inputs)
+    if name in ("llama", "mistral", "gemma2"):
+        model.set_attn_implementation(fa_ext.NAME)
+        together = model(**inputs).logits
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+        torch.testing.assert_close(together, alone, rtol=0, atol=2e-5 * float(alone.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_masks_of_four_dimensions(name: str) -> None:
+    visible = torch.rand(3, 1, SEQLEN, SEQLEN, generator=torch.Generator().manual_seed(0)) < 0.6
+    visible |= torch.eye(SEQLEN, dtype=torch.bool)
+    if name == "bert" and not VERSION_5:
+        pytest.skip("BERT of transformers 4 takes no such mask")
+    if name == "gpt2" and not VERSION_5:  # whose eager attention is causal in any case
+        visible = visible.tril()
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    model = build(name)
+    inputs = {"input_ids": token_ids(3, SEQLEN), "attention_mask": mask}
+    assert_same(model, inputs)
+    model.set_attn_implementation(fa_ext.NAME)
+    with torch.no_grad():
+        added = model(**inputs).logits
+        torch.testing.assert_close(model(**{**inputs, "attention_mask": visible}).logits, added)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "bert", "modernbert", "bart"])
+def test_no_mask_is_written_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    model.set_attn_implementation(fa_ext.NAME)
+
+    def fail(band: Band) -> Tensor:
+        raise AssertionError(f"{band} was written out")
+
+    monkeypatch.setattr(Band, "dense", fail)
+    for side in ("none", "right", "left"):
+        model(**inputs_of(name, side, torch.float32))
+    if name in DECODERS:
+        for cache in ("dynamic", "static"):
+            model.generate(**prompt(name), max_new_tokens=3, do_sample=False, cache_implementation=cache)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_compiled(name: str, side: str) -> None:
+    model = build(name)
+    model.set_attn_implementation(fa_ext.NAME)
+    inputs = inputs_of(name, side, torch.float32)
+    valid = inputs["attention_mask"].bool()
+    if side == "none":
+        del inputs["attention_mask"]
+    expected = model(**inputs).logits[valid]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(**inputs).logits[valid], expected, rtol=0, atol=2e-5 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_generation_with_a_compiled_forward(name: str) -> None:
+    model = build(name)
+    expected, _ = generate(model, fa_ext.NAME, prompt(name), cache_implementation="static")
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    actual, _ = generate(model, fa_ext.NAME, prompt(name), cache_implementation="static")
+    assert torch.equal(actual, expected)
+
+
+def test_a_graph_break_before_attention_keeps_causal_order() -> None:
+    """The mask function is traced, and the attention function is not."""
+    model = build("llama")
+    model.set_attn_implementation(fa_ext.NAME)
+    ids = token_ids(2, SEQLEN)
+    expected = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(torch._dynamo.disable(lambda module, args: None))
+        layer.self_attn.forward = torch._dynamo.disable(layer.self_attn.forward)
+    actual = torch.compile(model, backend="aot_eager")(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(not VERSION_5, reason="transformers 4 gives None and does not ask")
+def test_output_attentions_raises() -> None:
+    model = build("bert")
+    model.set_attn_implementation(fa_ext.NAME)
+    with pytest.raises((ValueError, TypeError), match="eager"):
+        model(**inputs_of("bert", "none", torch.float32), output_attentions=True)
+
+
+def test_is_asked_for_when_loading(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=fa_ext.NAME)
+    assert model.config._attn_implementation == fa_ext.NAME
+    assert_same(model, {"input_ids": token_ids(2, SEQLEN)})

@@ -70,7 +70,7 @@ def band_of_call(
         starts = _starts(pattern, torch.arange(q_length, device=device)[None])
         if starts is None:
             return None
-        starts = starts.expand(batch_size, -1)
+        starts = starts.expand(batch_size, -1) if bool(starts[:, 1:].any()) else None
     shift = q_offset - kv_offset
     return Band(batch_size, q_length, kv_length, device, pattern.left, pattern.right, shift, padding, starts)
 

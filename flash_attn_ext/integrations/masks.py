@@ -46,11 +46,9 @@ class Band:
         return left, None if self.right is None else self.right + moved
 
     @cached_property
-    def cu_seqlens(self) -> Tensor | None:
-        """(sequences + 1,) int32: where the packed sequences start in (batch * seqlen); a sequence ends with its row of
-        the batch."""
-        if self.starts is None:
-            return None
+    def cu_seqlens(self) -> Tensor:
+        """(sequences + 1,) int32: where the packed sequences start in (batch * seqlen), and the end."""
+        assert self.starts is not None
         starts = self.starts.clone()
         starts[:, 0] = True
         end = torch.tensor([starts.numel()], device=self.device)

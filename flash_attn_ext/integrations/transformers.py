@@ -131,8 +131,10 @@ def attention_function(
         raise InputError(_FUNCTION, ["cu_seq_lens_q must not be given beside a mask of its own, got both"])
     elif mask.dtype == torch.bool:
         options["mask"] = mask.dense if isinstance(mask, AttentionMask) else mask
-    else:
+    elif mask.is_floating_point():
         bias = mask if bias is None else bias + mask
+    else:
+        raise InputError(_FUNCTION, [f"attention_mask must be bool or floating, got {mask.dtype}"])
     if bias is not None:
         as_it_is = bias.dtype == torch.float32 and q.dtype != torch.float64
         options["bias"] = bias if as_it_is else bias.to(q.dtype)
@@ -186,13 +188,13 @@ def _band_options(
             beside = "position_bias"
         elif band.padding is not None:
             beside = "an attention_mask with padding"
-        elif band.cu_seqlens is not None and len(band.cu_seqlens) != len(lengths[0]):
+        elif band.starts is not None and len(band.cu_seqlens) != len(lengths[0]):
             beside = f"position_ids of {len(band.cu_seqlens) - 1} sequences where it has {len(lengths[0]) - 1}"
         if beside is not None:
             raise InputError(_FUNCTION, [f"cu_seq_lens_q must not be given beside {beside}"])
         cu_seqlens_q, cu_seqlens_k = lengths[0].int(), (lengths[0] if lengths[1] is None else lengths[1]).int()
         return {"window": in_sequence, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    if band.cu_seqlens is not None:
+    if band.starts is not None:
         if bias is not None or band.padding is not None:  # they count in the batch, not in each sequence
             return {"mask": band.dense()}
         return {"window": in_sequence, "cu_seqlens_q": band.cu_seqlens, "cu_seqlens_k": band.cu_seqlens}
