@@ -441,3 +441,36 @@ def test_is_asked_for_when_loading(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=fa_ext.NAME)
     assert model.config._attn_implementation == fa_ext.NAME
     assert_same(model, {"input_ids": token_ids(2, SEQLEN)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "bert", "modernbert", "t5", "vit"])
+def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further from float32 on the CPU than twice (gradients: three times) what eager attention in this dtype is."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs = inputs_of(name, "right", torch.float32)
+    valid = valid_places(inputs)
+    exact = step(build(name), "eager", inputs, valid)
+    moved = {key: x.cuda().to(dtype) if x.is_floating_point() else x.cuda() for key, x in inputs.items()}
+    valid = None if valid is None else valid.cuda()
+    model = build(name, dtype).cuda()
+    eager, ours = (step(model, implementation, moved, valid) for implementation in ("eager", fa_ext.NAME))
+
+    def error(result: dict[str, Tensor], key: str) -> float:
+        return float((result[key].cpu().float() - exact[key]).norm())
+
+    for key, x in exact.items():
+        factor = 2 if key in ("logits", "last_hidden_state") else 3
+        assert error(ours, key) <= factor * error(eager, key) + 1e-5 * float(x.norm()), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_generation_on_a_gpu(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs = {key: x.cuda() for key, x in prompt(name).items()}
+    assert_generates_the_same(build(name).cuda(), inputs, cache_implementation=cache)

@@ -37,7 +37,7 @@ importlib.metadata inspect io ipaddress itertools json keyword linecache locale 
 mmap multiprocessing numbers operator os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint
 queue quopri random re readline reprlib sched secrets select selectors shelve shlex shutil signal smtplib socket
 socketserver sqlite3 ssl stat statistics string struct subprocess symtable sys sysconfig tarfile tempfile textwrap
-threading time timeit token tokenize trace traceback tracemalloc types typing unicodedata unittest urllib.parse
+threading time timeit token tokenize trace traceback tracemalloc types unicodedata unittest urllib.parse
 urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xml.sax zipfile zlib
 """
 HELD_OUT = 400
