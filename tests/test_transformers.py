@@ -209,7 +209,7 @@ def step(model: Any, implementation: str, inputs: dict[str, Tensor], valid: Tens
             results[key] = outputs[key] if valid is None else outputs[key][valid]
     loss = 0
     for seed, result in enumerate(results.values()):
-        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result.dtype)
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result)
         loss = loss + (result * weights).sum()
     loss.backward()
     gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
