@@ -55,7 +55,21 @@ TOKEN = re.compile(r".*token_(id|index)(_.*)?|.*_token_id|pad_token_id")
 
 
 # What stands for None, in configs that cannot be built from their defaults.
-FILL = {"head_dim": 8, "vocab_size": VOCAB, "num_experts_per_tok": 2, "prediction_length": 8, "moe_topk": 2}
+FILL = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": VOCAB,
+    "prediction_length": 8,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "num_experts": 4,
+    "num_dense_layers": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "initializer_range": 0.02,
+}
 
 
 @dataclass(frozen=True)
