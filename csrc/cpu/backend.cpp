@@ -63,8 +63,8 @@ const Kernels& kernels() {
 }
 
 const Backend& backend() {
-  static const Backend cpu{"cpu",    false,   declines,           declines_backward, describe,
-                           forward_workspace, forward, backward_workspace, backward};
+  static const Backend cpu{
+      "cpu", false, declines, declines_backward, describe, forward_workspace, forward, backward_workspace, backward};
   return cpu;
 }
 

@@ -161,8 +161,7 @@ BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardS
   // Dense rows that see no key: where lengths are the tensors' own, the host knows whether there are any.
   const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
   const bool whole_batch = !p.seqused_q && !p.seqused_k;
-  const bool unseen_rows =
-      !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
+  const bool unseen_rows = !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
 
   const Preparation preparation{p, space, folded, unseen_rows};
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;

@@ -74,7 +74,7 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
 
   std::vector<py::dict> entries;
   for (const ops::Candidate& candidate : backward ? ops::candidates(p, device == "cuda")
-                                                    : ops::candidates(static_cast<const Problem&>(p), device == "cuda")) {
+                                                  : ops::candidates(static_cast<const Problem&>(p), device == "cuda")) {
     const bool accepted = candidate.reasons.empty();
     py::object kernel = py::none();
     if (accepted) kernel = py::str(candidate.backend->describe(p, backward));

@@ -57,8 +57,8 @@ const Backend& backend() {
   constexpr const char* kName = "sm80";
   constexpr bool kCuda = true;
 #endif
-  static const Backend sm80{kName,    kCuda,   declines,           declines_backward, describe, forward_workspace,
-                            forward, backward_workspace, backward};
+  static const Backend sm80{
+      kName, kCuda, declines, declines_backward, describe, forward_workspace, forward, backward_workspace, backward};
   return sm80;
 }
 

@@ -411,8 +411,8 @@ __device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4]) {
   return upper ? uint4{far[0], far[1], high[0], high[1]} : uint4{low[0], low[1], far[0], far[1]};
 }
 
-// scale * x to a tensor, x an accumulator whose first element belongs to (row, col); `rows` and `cols` of it exist, cols
-// counted from column 0. kAligned: rows of the tensor are whole vectors.
+// scale * x to a tensor, x an accumulator whose first element belongs to (row, col); `rows` and `cols` of it exist,
+// cols counted from column 0. kAligned: rows of the tensor are whole vectors.
 template <class T, bool kAligned, int M, int N>
 __device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const TensorView& view, int64_t batch,
                                            int64_t row, int64_t head, int rows, int col, int cols, float scale) {

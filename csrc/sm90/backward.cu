@@ -150,8 +150,7 @@ class BackwardComputer {
   }
 
   __device__ __forceinline__ void make_fragments(Fragments& p, Fragments& ds) {
-    scores_.for_each(
-        [&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+    scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
     pack(dprob_, ds);
     pack(scores_, p);
   }
@@ -170,16 +169,15 @@ class BackwardComputer {
     const uint32_t first = memory_.ds(stage()).address(lane / 16 * 8 + lane % 8,
                                                        warpgroup_ * kWarpgroupRows + warp_row_ + lane / 8 % 2 * 8);
 #pragma unroll
-    for (int k = 0; k < Config::kRows / 16; ++k)
-      store_matrices_transposed(first + k * 16 * cuda::kSwizzleBytes, ds[k]);
+    for (int k = 0; k < Config::kRows / 16; ++k) store_matrices_transposed(first + k * 16 * cuda::kSwizzleBytes, ds[k]);
     fence_async_proxy();
     release(memory_.ds_full(stage()));
   }
 
   // ---- dQ -----------------------------------------------------------------------------------------------------------
 
-  // This warpgroup's share of dQ^T, an accumulator of 64 columns of dQ by kQueryRows of the rows. Where it is as large as
-  // S, it takes the registers of S: otherwise the compiler finds too few for it beside the fragments, which fit into
+  // This warpgroup's share of dQ^T, an accumulator of 64 columns of dQ by kQueryRows of the rows. Where it is as large
+  // as S, it takes the registers of S: otherwise the compiler finds too few for it beside the fragments, which fit into
   // those of dP.
   using QueryGradient = Accumulator<1, NQ>;
   __device__ __forceinline__ QueryGradient& dq() {
@@ -202,9 +200,9 @@ class BackwardComputer {
     begin_products();
 #pragma unroll
     for (int k = 0; k < Config::kKeys / 16; ++k)
-      multiply_async<true>(
-          dq().x[0], keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
-          ds.at(k / kKeySteps * DS::kRows * cuda::kSwizzleBytes + k % kKeySteps * 32), k > 0, T{});
+      multiply_async<true>(dq().x[0],
+                           keys.at(k / kKeySteps * Memory::K::kBytes + k % kKeySteps * 16 * cuda::kSwizzleBytes),
+                           ds.at(k / kKeySteps * DS::kRows * cuda::kSwizzleBytes + k % kKeySteps * 32), k > 0, T{});
     commit_products();
   }
 
@@ -231,8 +229,8 @@ class BackwardComputer {
         uint32_t words[4] = {};
 #pragma unroll
         for (int i = 0; i < 4 && n + i < NQ; ++i)
-          words[i] = transpose_matrix(
-              sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
+          words[i] =
+              transpose_matrix(sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
         const uint4 chunk = sm80::quad_transpose(words);
         const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
         if (number < NQ && begin + row < keys.seqlen_q && col < static_cast<int>(p_.head_dim))

@@ -107,7 +107,9 @@ struct BackwardMemory {
   __device__ uint32_t ds_empty(int stage) const { return barrier(5 + 4 * Config::kStages + stage); }
   // The step's visit to dQ may begin; is over. Those who keep the order can be ahead, or behind, by two steps.
   __device__ uint32_t turn(unsigned number) const { return barrier(kTurns + StepBuffers::stage(number)); }
-  __device__ uint32_t added(unsigned number) const { return barrier(kTurns + kStepStages + StepBuffers::stage(number)); }
+  __device__ uint32_t added(unsigned number) const {
+    return barrier(kTurns + kStepStages + StepBuffers::stage(number));
+  }
 
   __device__ void init_barriers() const {
     constexpr int kWarps = 4 * Config::kWarpgroups;

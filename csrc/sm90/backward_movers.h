@@ -20,8 +20,7 @@ class BackwardLoader {
   __device__ void run() {
     // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
-    for (unsigned number = take(); number < call_.key_blocks.size(); number = take())
-      load(call_.key_blocks[number]);
+    for (unsigned number = take(); number < call_.key_blocks.size(); number = take()) load(call_.key_blocks[number]);
     publish({.batch = -1});
     wait_rows_empty();
     if (first_) {
@@ -61,9 +60,8 @@ class BackwardLoader {
     if (blocks == 0) return;
 
     const int head0 = keys.head_kv * group;
-    const int slot0 = call_.query_blocks.cu_seqlens
-                          ? call_.query_blocks.first(batch)
-                          : batch * static_cast<int>(p_.heads) * call_.query_blocks_per_head;
+    const int slot0 = call_.query_blocks.cu_seqlens ? call_.query_blocks.first(batch)
+                                                    : batch * static_cast<int>(p_.heads) * call_.query_blocks_per_head;
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
       // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
@@ -176,9 +174,9 @@ class BackwardLoader {
   uint32_t tail_parity_ = 0;
 };
 
-// dQ of a query block belongs to one visitor after the other. Two threads keep the order, one that waits for this thread
-// block's turns and one that passes them on: the release of one takes as long as half a step, and must not hold up the
-// next.
+// dQ of a query block belongs to one visitor after the other. Two threads keep the order, one that waits for this
+// thread block's turns and one that passes them on: the release of one takes as long as half a step, and must not hold
+// up the next.
 
 // f(step, number) for every step of the thread block. One thread.
 template <class T, class Config, class F>

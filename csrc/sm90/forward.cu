@@ -1,7 +1,7 @@
 #include "../cuda/launch.h"
 #include "../cuda/online_softmax.h"
-#include "kernels.h"
 #include "forward_movers.h"
+#include "kernels.h"
 
 // Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
 // rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the

@@ -84,9 +84,7 @@ struct ForwardMemory {
   __device__ __forceinline__ Work read_work(int stage) const { return read_struct<Work>(work_address(stage)); }
 
  private:
-  __device__ uint32_t work_address(int stage) const {
-    return base + kWork + stage * static_cast<int>(sizeof(Work));
-  }
+  __device__ uint32_t work_address(int stage) const { return base + kWork + stage * static_cast<int>(sizeof(Work)); }
 };
 
 }  // namespace fae::sm90

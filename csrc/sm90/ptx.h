@@ -210,8 +210,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&x)[N][4]) {
         "setp.ne.b32 p, %" #i2                                                                                        \
         ", 0;\n"                                                                                                      \
         "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." PTX "." PTX " {" FAE_NAMES_##COLUMNS                  \
-        "}, %" #i0 ", %" #i1                                                                                          \
-        ", p, 1, 1, %" #i3 ", %" #i4                                                                                  \
+        "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4                                                             \
         ";\n"                                                                                                         \
         "}"                                                                                                           \
         : FAE_REGISTERS_##COLUMNS                                                                                     \

@@ -49,7 +49,8 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
   const CUresult result = tensor_map_encoder()(
       &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, view.data,
       dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_cols == kBoxCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      box_cols == kBoxCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn_ext: cuTensorMapEncodeTiled failed with error " + std::to_string(result));
   return map;
