@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from email.message import Message
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.metadata import Distribution, DistributionFinder
+from importlib.metadata import Distribution, DistributionFinder, packages_distributions
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -80,6 +80,10 @@ def _forget_availability() -> None:
     asked = sys.modules.get("transformers.utils.import_utils")
     for name in ("_package_distribution_mapping", "is_flash_attn_2_available"):
         getattr(getattr(asked, name, None), "cache_clear", lambda: None)()
+    mapping = getattr(asked, "PACKAGE_DISTRIBUTION_MAPPING", None)  # of versions that ask when they are imported
+    if mapping is not None:
+        mapping.clear()
+        mapping.update(packages_distributions())
 
 
 def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any, **__: Any) -> NoReturn:

@@ -95,16 +95,18 @@ OTHER_CALLS: dict[str, dict[str, Any]] = {
 def bidirectional_calls() -> dict[str, dict[str, Any]]:
     full = masking_utils.bidirectional_mask_function
     near = masking_utils.sliding_window_bidirectional_mask_function
-    positions = torch.tensor([[*range(5), *range(12), *range(3)]]).expand(BATCH, -1)
-    restarting = masking_utils.remap_positions_for_packed_sequence(window(3), positions)
-    return {
+    calls = {
         "bidirectional": mask_call(full, attention_mask=NONE, allow_is_causal_skip=False),
         "bidirectional, right padding": mask_call(full, attention_mask=RIGHT, allow_is_causal_skip=False),
         "bidirectional, left padding": mask_call(full, attention_mask=LEFT, allow_is_causal_skip=False),
         "bidirectional, window": mask_call(near(3), attention_mask=RIGHT, allow_is_causal_skip=False),
         "cross": mask_call(full, q_length=7, attention_mask=RIGHT, allow_is_causal_skip=False),
-        "packed, positions": mask_call(packed(restarting)),
     }
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        positions = torch.tensor([[*range(5), *range(12), *range(3)]]).expand(BATCH, -1)
+        restarting = masking_utils.remap_positions_for_packed_sequence(window(3), positions)
+        calls["packed, positions"] = mask_call(packed(restarting))
+    return calls
 
 
 if VERSION_5:

@@ -80,6 +80,9 @@ struct Problem {
   FAE_INLINE bool general_scores() const {
     return softcap != 0.0 || alibi_slopes || bias.data || mask.data || dropout_p > 0.0;
   }
+  // Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential,
+  // since it leaves the order of scores and the -inf of masked ones as they are.
+  FAE_INLINE bool plain_scores() const { return !general_scores() && static_cast<float>(softmax_scale) > 0; }
 };
 
 struct BackwardProblem : Problem {

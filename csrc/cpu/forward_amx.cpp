@@ -134,7 +134,7 @@ class ForwardTask {
     const int64_t first = any.begin > key ? (any.begin - key) / kTileDepth * kTileDepth : 0;
     const int64_t last = any.end - key < kKeys ? round_up(any.end - key, kTileDepth) : kKeys;
     if (any.empty() || first >= last) return;
-    if (!plain_scores(p_) || !stale_softmax(unit, key, first, last)) exact_softmax(unit, key, first, last);
+    if (!p_.plain_scores() || !stale_softmax(unit, key, first, last)) exact_softmax(unit, key, first, last);
     add_values(unit, first, last);
   }
 

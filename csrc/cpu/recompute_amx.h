@@ -65,7 +65,7 @@ class RecomputeTiles {
   void operator()(const QueryBlock& queries, const KeyBlock& keys, const BlockResult& result) const {
     product(keys.k, queries.q, depth_, scratch_.s);
     product(keys.v, queries.dout, depth_v_, scratch_.dp);
-    const bool general = !plain_scores(p_);
+    const bool general = !p_.plain_scores();
     if (general) apply_terms(queries, keys.key);
     const Interval every = band_.every(queries.row, queries.row + queries.rows);
     if (every.begin > keys.key || every.end < keys.key + kBlock) mask(queries.row, keys.key);

@@ -11,12 +11,6 @@ namespace fae::cpu::FAE_LEVEL {
 
 constexpr int64_t kBlockKeys = 64;
 
-// Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential, since
-// it leaves the order of scores and the -inf of masked ones as they are.
-FAE_INLINE bool plain_scores(const Problem& p) {
-  return !p.general_scores() && static_cast<float>(p.softmax_scale) > 0;
-}
-
 // n values of a score matrix (bias) from an offset on, whatever their type and stride.
 template <class T>
 void load_score_row(const ScoreView& view, int64_t offset, int64_t n, T* dst) {

@@ -16,12 +16,6 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 
-// Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential, since
-// it leaves the order of scores and the -inf of masked ones as they are.
-FAE_INLINE bool plain_scores(const Problem& p) {
-  return !p.general_scores() && static_cast<float>(p.softmax_scale) > 0;
-}
-
 // Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
 template <class Scores>
 __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {

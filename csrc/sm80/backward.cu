@@ -94,8 +94,6 @@ class BackwardTask {
         p_(call.p),
         batch_(static_cast<int>(tile.batch)),
         head_kv_(static_cast<int>(tile.head)),
-        heads_per_key_(static_cast<int>(p_.heads) / static_cast<int>(p_.heads_kv)),
-        end_head_((head_kv_ + 1) * heads_per_key_),
         block_(static_cast<int>(tile.block)),
         last_first_(last_first),
         first_slot_(static_cast<uint32_t>(call.query_blocks.cu_seqlens
@@ -116,16 +114,17 @@ class BackwardTask {
     copy_keys(memory_.v(), p_.v, p_.head_dim_v);
     dk_.fill(0);
     dv_.fill(0);
-    Step step = first_step();
-    copy_queries(step);
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), end = row_blocks_ > 0 ? (head_kv_ + 1) * group : 0;
+    Step step{head_kv_ * group, first_of_head(), 0};
+    copy_queries(step, end);
     Step before = step;  // the last step that was computed
     if constexpr (Config::kLag) {
 #pragma unroll 1
       for (bool more = true; more; before = step, step = after(step)) {
-        more = exists(step);
+        more = step.head < end;
         wait_copies<0>();
         __syncthreads();
-        copy_queries(after(step));
+        copy_queries(after(step), end);
         before.number = step.number - 1;
         if (step.number > 1) pass_turn(previous(before));
         if (!Config::kInRegisters && step.number > 0) finish(before);
@@ -135,22 +134,22 @@ class BackwardTask {
       before = previous(before);
     } else {
 #pragma unroll 1
-      for (; exists(step); before = step, step = after(step)) {
+      for (; step.head < end; before = step, step = after(step)) {
         wait_copies<0>();
         __syncthreads();
-        if (Config::kStages > 1) copy_queries(after(step));
+        if (Config::kStages > 1) copy_queries(after(step), end);
         if (step.number > 0) pass_turn(before);
         recompute(step);
         __syncthreads();
         finish(step);
         if (Config::kStages > 1) continue;
         __syncthreads();
-        copy_queries(after(step));
+        copy_queries(after(step), end);
       }
     }
     wait_copies<0>();  // nothing may arrive after this block
     __syncthreads();
-    if (row_blocks_ > 0) pass_turn(before);
+    if (end > 0) pass_turn(before);
     write(dk_, p_.dk, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     write(dv_, p_.dv, static_cast<int>(p_.head_dim_v), 1.0f);
   }
@@ -160,28 +159,24 @@ class BackwardTask {
 
   // A query block of a head, and its number, which tells where in shared memory it lies. Key blocks that were handed
   // out from the first one on walk the queries from the end, others from the start: each follows its predecessor at a
-  // distance, through all heads of a query block, which makes it longer.
+  // distance.
   struct Step {
     int head, block, number;
     __device__ int stage() const { return number % Config::kStages; }
     __device__ int buffer() const { return number % Config::kBuffers; }
   };
-  __device__ int direction() const { return last_first_ ? 1 : -1; }
-  __device__ Step first_step() const {
-    return {end_head_ - heads_per_key_, last_first_ ? first_rows_ : first_rows_ + row_blocks_ - 1, 0};
-  }
-  __device__ bool exists(const Step& step) const {
-    return static_cast<unsigned>(step.block - first_rows_) < static_cast<unsigned>(row_blocks_);
-  }
+  __device__ int first_of_head() const { return last_first_ ? first_rows_ : first_rows_ + row_blocks_ - 1; }
   __device__ Step after(const Step& step) const {
-    const bool same_block = step.head + 1 < end_head_;
-    return {same_block ? step.head + 1 : end_head_ - heads_per_key_, same_block ? step.block : step.block + direction(),
-            step.number + 1};
+    const int block = step.block + (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head + 1, same_head ? block : first_of_head(), step.number + 1};
   }
+
   __device__ Step previous(const Step& step) const {
-    const bool same_block = step.head > end_head_ - heads_per_key_;
-    return {same_block ? step.head - 1 : end_head_ - 1, same_block ? step.block : step.block - direction(),
-            step.number - 1};
+    const int block = step.block - (last_first_ ? 1 : -1);
+    const bool same_head = static_cast<unsigned>(block - first_rows_) < static_cast<unsigned>(row_blocks_);
+    return {same_head ? step.head : step.head - 1,
+            same_head ? block : 2 * first_rows_ + row_blocks_ - 1 - first_of_head(), step.number - 1};
   }
 
   __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
@@ -190,8 +185,8 @@ class BackwardTask {
   }
 
   // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
-  __device__ __forceinline__ void copy_queries(const Step& step) const {
-    if (exists(step)) {
+  __device__ __forceinline__ void copy_queries(const Step& step, int end) const {
+    if (step.head < end) {
       const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin, stage = step.stage();
       const int64_t row = q_start_ + begin;
       const auto copy = [&](const typename Memory::Q& to, const TensorView& view, int64_t dim) {
@@ -363,7 +358,7 @@ class BackwardTask {
 
   const BackwardCall& call_;
   const BackwardProblem& p_;
-  const int batch_, head_kv_, heads_per_key_, end_head_, block_;
+  const int batch_, head_kv_, block_;
   const bool last_first_;        // key blocks were handed out from the last one on
   const uint32_t first_slot_;    // of the sequence's query blocks
   const int q_start_, k_start_;  // cu_seqlens are int32
@@ -451,7 +446,7 @@ auto with_config(const BackwardProblem& p, F&& f) {
     return f(small, general);
   };
   if constexpr (sizeof(T) == 2)
-    if (cuda::plain_scores(p))
+    if (p.plain_scores())
       return choose(LargeBackwardConfig<T, FAE_HEAD_DIM>{}, BackwardConfig<T, FAE_HEAD_DIM>{}, std::false_type{});
   return choose(LargeGeneralBackwardConfig<T, FAE_HEAD_DIM>{}, GeneralBackwardConfig<T, FAE_HEAD_DIM>{},
                 std::true_type{});

@@ -284,7 +284,7 @@ template <class T>
 void run_forward(const Problem& p, const Execution& execution) {
   // Above 256 columns, time and size of the build matter more than speed.
   if constexpr (FAE_HEAD_DIM <= 256)
-    if (cuda::plain_scores(p)) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
+    if (p.plain_scores()) return run_forward<T, ForwardConfig<T, FAE_HEAD_DIM>, false>(p, execution);
   run_forward<T, GeneralForwardConfig<T, FAE_HEAD_DIM>, true>(p, execution);
 }
 

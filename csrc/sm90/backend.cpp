@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../cuda/score_terms.h"
 #include "kernels.h"
 
 #if !defined(FAE_EMULATOR)
@@ -65,7 +64,7 @@ std::vector<std::string> declines(const Problem& p) {
 
 std::vector<std::string> declines_backward(const BackwardProblem& p) {
   std::vector<std::string> reasons = declines(p);
-  if (!cuda::plain_scores(p))
+  if (!p.plain_scores())
     reasons.push_back(
         "its backward takes neither softcap, alibi_slopes, bias, mask and dropout nor a softmax_scale of 0 or less");
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;

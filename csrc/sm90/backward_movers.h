@@ -63,25 +63,24 @@ class BackwardLoader {
     const int slot0 = call_.query_blocks.cu_seqlens ? call_.query_blocks.first(batch)
                                                     : batch * static_cast<int>(p_.heads) * call_.query_blocks_per_head;
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
-      // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
-      // each follows its predecessor at a distance, through all heads of a query block, which makes it longer.
-      const int query_block = first_block + (last_first ? i : blocks - 1 - i);
-      const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
-      const auto visible = band.any(row, row_end), every = band.every(row, row_end);
-      const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
-      const int rank = last_first ? first + visits - 1 - block : block - first;
-      Step step{row, 0, 0, rank << Step::kRank};
-      if (rank == visits - 1) step.flags |= Step::kLastVisit;
-      for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
-        const int begin = key + piece * kWarpgroupRows;
-        if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
-      }
+    for (int head = head0; head < head0 + group; ++head) {
 #pragma unroll 1
-      for (step.head = head0; step.head < head0 + group; ++step.head) {
-        step.slot = slot0 + step.head * call_.query_blocks_per_head + query_block;
+      for (int i = 0; i < blocks; ++i) {
+        // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
+        // each follows its predecessor at a distance.
+        const int query_block = first_block + (last_first ? i : blocks - 1 - i);
+        const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
+        const auto visible = band.any(row, row_end), every = band.every(row, row_end);
+        const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
+        const int rank = last_first ? first + visits - 1 - block : block - first;
+        Step step{row, head, slot0 + head * call_.query_blocks_per_head + query_block, rank << Step::kRank};
+        if (rank == visits - 1) step.flags |= Step::kLastVisit;
+        for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
+          const int begin = key + piece * kWarpgroupRows;
+          if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
+        }
         load_rows(keys, step);
-        if (i == 0 && step.head == head0) load_v(keys);
+        if (head == head0 && i == 0) load_v(keys);
       }
     }
   }

@@ -308,7 +308,7 @@ void run_forward(const Problem& p, const Execution& execution) {
 
 template <>
 void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
-  const bool general = !cuda::plain_scores(p);
+  const bool general = !p.plain_scores();
   if (p.dtype == DType::bfloat16)
     general ? run_forward<__nv_bfloat16, true>(p, execution) : run_forward<__nv_bfloat16, false>(p, execution);
   else
