@@ -36,6 +36,7 @@ FEATURES = (
     Case(scale=0.0),
     Case(scale=-0.3),
     Case(scale=1.0),
+    Case(scale=1e-40),
     Case(scale=3.0),
     Case(softcap=2.0),
     Case(softcap=30.0, scale=1.0),
