@@ -139,7 +139,7 @@ class BackwardComputer {
     const Step step = read_struct<Step>(memory_.step(step_));
     if (step.is_edge(warpgroup_)) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      cuda::mask_band(scores_, keys.band(), step.row_begin, keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
+      cuda::mask_band(scores_, keys.band, step.row_begin, keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
     }
     exponentiate(scores_, scale_log2_);
     // A wait here keeps the compiler from moving the one for the products before the exponentials.
@@ -233,7 +233,7 @@ class BackwardComputer {
               transpose_matrix(sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
         const uint4 chunk = sm80::quad_transpose(words);
         const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
-        if (number < NQ && begin + row < keys.seqlen_q && col < static_cast<int>(p_.head_dim))
+        if (number < NQ && begin + row < keys.band.seqlen_q && col < static_cast<int>(p_.head_dim))
           *reinterpret_cast<uint4*>(rows + row * p_.dq.stride_row + col) = chunk;
       }
   }
@@ -244,7 +244,7 @@ class BackwardComputer {
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
     release(memory_.k_empty());
     if (keys.steps > 0) release(memory_.v_empty());
-    const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.seqlen_k - begin;
+    const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.band.seqlen_k - begin;
     sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
                               static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,

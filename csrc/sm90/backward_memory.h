@@ -26,17 +26,9 @@ struct BackwardCall {
 // A block of keys on its way from the loading warp to those that compute.
 struct alignas(16) KeyBlock {
   int batch = 0, head_kv = 0, key_begin = 0, steps = 0;  // batch -1: there are no more
-  int q_start = 0, k_start = 0, seqlen_q = 0, seqlen_k = 0;
-  int first = 0, last = 0, unused[2] = {};
-
-  __device__ cuda::DeviceBand band() const {
-    cuda::DeviceBand band;
-    band.seqlen_q = seqlen_q;
-    band.seqlen_k = seqlen_k;
-    band.first = first;
-    band.last = last;
-    return band;
-  }
+  int q_start = 0, k_start = 0;
+  cuda::DeviceBand band = {};
+  int unused[2] = {};
 };
 
 // A query block that meets the keys, and this visit's place among those to the query block's dQ.

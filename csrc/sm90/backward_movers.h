@@ -52,10 +52,7 @@ class BackwardLoader {
     keys.steps = group * blocks;
     keys.q_start = static_cast<int>(s.q_start);
     keys.k_start = static_cast<int>(s.k_start);
-    keys.seqlen_q = band.seqlen_q;
-    keys.seqlen_k = band.seqlen_k;
-    keys.first = band.first;
-    keys.last = band.last;
+    keys.band = band;
     publish(keys);
     if (blocks == 0) return;
 
@@ -104,7 +101,7 @@ class BackwardLoader {
   // K or V. Where the tensor goes on after the sequence, what lies there may be NaN.
   template <class F>
   __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& place) {
-    const int valid = keys.seqlen_k - keys.key_begin;
+    const int valid = keys.band.seqlen_k - keys.key_begin;
     const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
     const uint32_t barrier = tail ? memory_.tail_full() : full;
     if (first_) {
@@ -135,7 +132,7 @@ class BackwardLoader {
   // Q, dO and the statistics of a step.
   __device__ void load_rows(const KeyBlock& keys, const Step& step) {
     const int stage = Buffers::stage(step_), row = keys.q_start + step.row_begin;
-    const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.seqlen_q - step.row_begin;
+    const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.band.seqlen_q - step.row_begin;
     const bool tail = valid < Config::kRows && (p_.cu_seqlens_q || p_.seqused_q);
     const uint32_t q_barrier = tail ? memory_.tail_full() : memory_.q_full(stage);
     const uint32_t dout_barrier = tail ? memory_.tail_full() : memory_.dout_full(stage);

@@ -120,7 +120,7 @@ class WideBackwardComputer {
     const Step step = read_struct<Step>(memory_.step(number));
     if (step.is_edge(0)) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      cuda::mask_band(scores_, keys.band(), step.row_begin + score_row(), keys.key_begin + warp_row_);
+      cuda::mask_band(scores_, keys.band, step.row_begin + score_row(), keys.key_begin + warp_row_);
     }
     exponentiate(scores_, scale_log2_);
     // The wait for a barrier that follows keeps the compiler from taking the exponentials after the products.
@@ -183,8 +183,8 @@ class WideBackwardComputer {
     visit_dq<Config>(call_, dq, step, piece, [&](const Accumulator<1, N>& sum) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int begin = step.row_begin + warp_row_;
-      sm80::write_rows<T, true>(sum, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.seqlen_q - begin, col,
-                                static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+      sm80::write_rows<T, true>(sum, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.band.seqlen_q - begin,
+                                col, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     });
   }
 
@@ -196,7 +196,7 @@ class WideBackwardComputer {
     if (keys.steps > 0) release(memory_.v_empty());
     const int begin = keys.key_begin + warp_row_;
     sm80::write_rows<T, true>(gradient_, has_dk() ? p_.dk : p_.dv, keys.batch, keys.k_start + begin, keys.head_kv,
-                              keys.seqlen_k - begin, 0, static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
+                              keys.band.seqlen_k - begin, 0, static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
                               has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
   }
 

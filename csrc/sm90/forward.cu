@@ -44,10 +44,10 @@ class Computer {
   }
 
   __device__ __forceinline__ KeyBlocks<int> blocks_of_all(const Work& work) const {
-    return key_blocks(work.band(), work.row_begin, Config::kRows, Config::kKeys);
+    return key_blocks(work.band, work.row_begin, Config::kRows, Config::kKeys);
   }
   __device__ __forceinline__ KeyBlocks<int> my_blocks(const Work& work) const {
-    return key_blocks(work.band(), row_begin(work), kWarpgroupRows, Config::kKeys);
+    return key_blocks(work.band, row_begin(work), kWarpgroupRows, Config::kKeys);
   }
 
   // O and the rows' statistics of a tile; false: there are no more.
@@ -156,9 +156,9 @@ class Computer {
       const Work tile = work();
       const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
       if constexpr (kGeneral)
-        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
-            .apply(scores_, row, key, [](int, int, int, int, float) {});
-      if (edge) cuda::mask_band(scores_, tile.band(), row, key);
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band).apply(scores_, row, key, [](int, int, int, int, float) {
+        });
+      if (edge) cuda::mask_band(scores_, tile.band, row, key);
     }
     return cuda::follow_maximum<kGeneral>(states_, scores_, scale_log2_, {}, sm80::exp2_approx);
   }
@@ -167,7 +167,7 @@ class Computer {
     if constexpr (kGeneral) {
       if (p_.dropout_p > 0) {
         const Work tile = work();
-        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band())
+        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band)
             .dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
                      [&](int m, int half, int n, int e, bool kept) {
                        if (!kept) scores_.at(m, half, n, e) = 0;
@@ -197,7 +197,7 @@ class Computer {
 #pragma unroll
         for (int e = 0; e < 2; ++e) output_.at(m, half, n, e) *= weight;
       const int i = row + output_.row(m, half);
-      if (lane_index() % 4 == 0 && i < tile.seqlen_q)
+      if (lane_index() % 4 == 0 && i < tile.band.seqlen_q)
         *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, tile.head) = state.lse();
     });
     const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
@@ -218,7 +218,7 @@ class Computer {
   __device__ void store_rows(const Work& work, const typename Memory::O& o, int row) const {
     constexpr int kChunk = 8, kLanes = Memory::O::kBlocks * 8;
     __syncwarp();
-    const int rows = min(work.seqlen_q - row, 16), cols = static_cast<int>(p_.head_dim_v);
+    const int rows = min(work.band.seqlen_q - row, 16), cols = static_cast<int>(p_.head_dim_v);
 #pragma unroll 1
     for (int i = lane_index(); i < rows * kLanes; i += cuda::kWarpThreads) {
       const int col = i % kLanes * kChunk;

@@ -21,16 +21,7 @@ struct ForwardCall {
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {
   int batch = 0, head = 0, row_begin = 0, q_start = 0;  // batch -1: there are no more
-  int seqlen_q = 0, seqlen_k = 0, first = 0, last = 0;
-
-  __device__ cuda::DeviceBand band() const {
-    cuda::DeviceBand band;
-    band.seqlen_q = seqlen_q;
-    band.seqlen_k = seqlen_k;
-    band.first = first;
-    band.last = last;
-    return band;
-  }
+  cuda::DeviceBand band = {};
 };
 
 __device__ __forceinline__ KeyBlocks<int> key_blocks(const cuda::DeviceBand& band, int row, int rows, int keys) {

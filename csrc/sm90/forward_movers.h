@@ -41,14 +41,7 @@ class Loader {
     if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) return;
     const int batch = static_cast<int>(tile.batch), head = static_cast<int>(tile.head);
     const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
-    const Work work = {batch,
-                       head,
-                       static_cast<int>(tile.block) * Config::kRows,
-                       static_cast<int>(s.q_start),
-                       band.seqlen_q,
-                       band.seqlen_k,
-                       band.first,
-                       band.last};
+    const Work work = {batch, head, static_cast<int>(tile.block) * Config::kRows, static_cast<int>(s.q_start), band};
     const KeyBlocks<int> blocks = key_blocks(band, work.row_begin, Config::kRows, Config::kKeys);
     const Keys keys = {p_.cu_seqlens_k ? 0 : batch, head / static_cast<int>(p_.heads / p_.heads_kv),
                        static_cast<int>(s.k_start), band.seqlen_k};
@@ -137,7 +130,7 @@ class Loader {
 
 // Whether the accelerator may store all rows of a warpgroup: those past a sequence's end are not ours.
 __device__ __forceinline__ bool stored_whole(const Work& work, int warpgroup) {
-  return work.row_begin + (warpgroup + 1) * kWarpgroupRows <= work.seqlen_q;
+  return work.row_begin + (warpgroup + 1) * kWarpgroupRows <= work.band.seqlen_q;
 }
 
 // Stores O of every tile.
