@@ -41,16 +41,12 @@ class BackwardComputer {
         scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
 
   __device__ void run() {
-#pragma unroll 1
-    for (unsigned block = 0;; ++block) {
-      wait(memory_.k_full(), block % 2);
-      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      if (keys.batch < 0) return;
+    for_each_key_block(memory_, [&](const KeyBlock& keys) {
       dk_.fill(0);
       dv_.fill(0);
       if (keys.steps > 0) walk(keys.steps);
       finish();
-    }
+    });
   }
 
  private:
@@ -115,11 +111,11 @@ class BackwardComputer {
 
   // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta.
   __device__ __forceinline__ void start_scores() {
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     start_product(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
   }
   __device__ __forceinline__ void start_dprob() {
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     start_product(dprob_, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()));
   }
   __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
@@ -195,7 +191,7 @@ class BackwardComputer {
     constexpr int kKeySteps = kWarpgroupRows / 16;
     const int buffer = Buffers::stage(number);
     wait(memory_.ds_full(buffer), Buffers::parity(number));
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     const Descriptor ds(memory.ds(buffer).address(dq_row(), 0)), keys(memory.k(0).address(0, dq_col()));
     begin_products();
 #pragma unroll
@@ -251,9 +247,6 @@ class BackwardComputer {
                               static_cast<int>(p_.head_dim_v), 1.0f);
   }
 
-  // Operands that are the same in every step: told so, the compiler would keep their descriptors, in registers that
-  // there are not.
-  __device__ __forceinline__ Memory this_memory() const { return {opaque(memory_.base)}; }
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
   __device__ __forceinline__ uint32_t parity() const { return Buffers::parity(step_); }
 

@@ -68,6 +68,10 @@ struct BackwardMemory {
 
   uint32_t base;
 
+  // The same, for operands that do not change from step to step: told that they do not, the compiler would keep their
+  // descriptors, in registers that there are not.
+  __device__ __forceinline__ BackwardMemory unknown() const { return {opaque(base)}; }
+
   __device__ K k(int piece) const { return {base + piece * K::kBytes}; }
   __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }

@@ -6,6 +6,18 @@
 
 namespace fae::sm90 {
 
+// f(keys) for every key block that the loading warp takes.
+template <class Memory, class F>
+__device__ __forceinline__ void for_each_key_block(const Memory& memory, F&& f) {
+#pragma unroll 1
+  for (unsigned number = 0;; ++number) {
+    wait(memory.k_full(), number % 2);
+    const KeyBlock keys = read_struct<KeyBlock>(memory.key_block());
+    if (keys.batch < 0) return;
+    f(keys);
+  }
+}
+
 // P = exp(scale S), of S less lse.
 template <class Scores>
 __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {

@@ -29,15 +29,11 @@ class WideBackwardComputer {
         scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
 
   __device__ void run() {
-#pragma unroll 1
-    for (unsigned block = 0;; ++block) {
-      wait(memory_.k_full(), block % 2);
-      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      if (keys.batch < 0) return;
+    for_each_key_block(memory_, [&](const KeyBlock& keys) {
       gradient_.fill(0);
       if (keys.steps > 0) walk(keys.steps);
       finish();
-    }
+    });
   }
 
  private:
@@ -93,7 +89,7 @@ class WideBackwardComputer {
   __device__ __forceinline__ void start_scores(unsigned number) {
     const int stage = Buffers::stage(number);
     wait(memory_.q_full(stage), Buffers::parity(number));
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     start_product(scores_, memory.lse_selector(), memory.k(0), memory.q(stage), memory.statistics(stage));
   }
   __device__ __forceinline__ void wait_for_dout(unsigned number) const {
@@ -101,7 +97,7 @@ class WideBackwardComputer {
   }
   __device__ __forceinline__ void start_dprob(unsigned number) {
     const int stage = Buffers::stage(number);
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     start_product(dprob_, memory.delta_selector(), memory.v(0), memory.dout(stage), memory.statistics(stage));
   }
   __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
@@ -147,7 +143,7 @@ class WideBackwardComputer {
 
   // dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ void start_gradient() {
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     fence_registers(gradient_.x[0]);
     begin_products();
     multiply_transposed(gradient_, typename Memory::DS{has_dk() ? memory.ds(stage()).base : memory.p(stage()).base},
@@ -166,7 +162,7 @@ class WideBackwardComputer {
   // dQ = dS K, columns from `col` on.
   template <int N>
   __device__ __forceinline__ void start_dq(Accumulator<1, N>& dq, int col) const {
-    const Memory memory = this_memory();
+    const Memory memory = memory_.unknown();
     const Descriptor ds(memory.ds(stage()).base), keys(memory.k(0).address(0, col));
     begin_products();
 #pragma unroll
@@ -200,9 +196,6 @@ class WideBackwardComputer {
                               has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
   }
 
-  // Operands that are the same in every step: told so, the compiler would keep their descriptors, in registers that
-  // there are not.
-  __device__ __forceinline__ Memory this_memory() const { return {opaque(memory_.base)}; }
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
   __device__ __forceinline__ int score_row() const { return warpgroup_ * Config::kScoreRows; }
   __device__ __forceinline__ bool has_dk() const { return warpgroup_ != 0; }
