@@ -78,6 +78,16 @@ struct TransposedAccumulator {
   __device__ __forceinline__ void fill(float value) { transpose.fill(value); }
 };
 
+// The same with the lane as a number that somebody has told it, from which the compiler need not know what follows
+// before it is needed.
+template <int M, int N>
+struct PlacedAccumulator : TransposedAccumulator<M, N> {
+  int lane;
+
+  __device__ __forceinline__ int row(int m, int half) const { return 8 * m + lane % 4 * 2 + half; }
+  __device__ __forceinline__ int col(int n, int e) const { return TransposedAccumulator<M, N>::col_step(n, e) + lane / 4; }
+};
+
 // Sum or maximum over a row's quad; all four lanes get it.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);

@@ -13,7 +13,7 @@ namespace {
 struct Preparation {
   BackwardProblem p;  // with delta of the workspace, and cu_seqlens as they were given
   BackwardSpace space;
-  uint4* folded;
+  RowStatistics statistics;
   bool unseen_rows;  // whether there may be dense rows that see no key
 };
 
@@ -93,6 +93,10 @@ __device__ __forceinline__ uint4 fold(float lse, float delta, float scale) {
   return bytes;
 }
 
+__device__ __forceinline__ uint4 as_floats(float lse, float delta) {
+  return {__float_as_uint(lse == minus_infinity<float>() ? 0.0f : lse * kLog2e), __float_as_uint(delta), 0, 0};
+}
+
 template <class T, bool kWholeVectors>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Preparation a) {
   const BackwardProblem& p = a.p;
@@ -120,9 +124,11 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     if (threadIdx.x % kRowLanes == 0) {
       if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
       *stats_ptr<float>(p.delta, batch, row, head) = sum;
-      if (a.folded)
-        a.folded[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
-            fold(*stats_ptr<float>(p.lse, batch, row, head), sum, static_cast<float>(p.softmax_scale));
+      if (a.statistics.rows) {
+        const float lse = *stats_ptr<float>(p.lse, batch, row, head);
+        a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
+            a.statistics.folded ? fold(lse, sum, static_cast<float>(p.softmax_scale)) : as_floats(lse, sum);
+      }
     }
     if (!a.unseen_rows) continue;
     const Sequence s = sequence_of(p, batch);
@@ -154,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const __grid_constant_
 
 }  // namespace
 
-BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, uint4* folded,
+BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, RowStatistics statistics,
                                  const Execution& execution) {
   BackwardProblem p = problem;
   p.delta = space.delta;
@@ -163,7 +169,7 @@ BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardS
   const bool whole_batch = !p.seqused_q && !p.seqused_k;
   const bool unseen_rows = !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
 
-  const Preparation preparation{p, space, folded, unseen_rows};
+  const Preparation preparation{p, space, statistics, unseen_rows};
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};

@@ -5,16 +5,23 @@
 
 namespace fae::cuda {
 
+// What a backward kernel finds beside the rows of dO.
+struct RowStatistics {
+  uint4* rows = nullptr;
+  // For products: -lse / (2 scale) and -delta / 2, each as a sum of three bfloat16 numbers, and two zeros. A product of
+  // 16 columns with (1, 1, 1, 0, 0, 0, 0, 0) twice gives -lse / scale, one with (0, 0, 0, 1, 1, 1, 0, 0) twice gives
+  // -delta. Otherwise: lse * log2 e (0 of a row without keys) and delta, as float, and 8 bytes that mean nothing.
+  bool folded = false;
+};
+
 // What runs before a backward kernel, in one launch; returns the problem for that kernel, in terms of `space`:
 // - delta = rowsum(dout * out) - dlse, for all rows.
-// - `folded`, where not null, gets 16 bytes a row, [head, row] as delta: -lse / (2 scale) and -delta / 2, each as a sum
-//   of three bfloat16 numbers, and two zeros. A product of 16 columns with (1, 1, 1, 0, 0, 0, 0, 0) twice gives
-//   -lse / scale, one with (0, 0, 0, 1, 1, 1, 0, 0) twice gives -delta.
+// - `statistics.rows`, where not null, gets 16 bytes a row, [head, row] as delta.
 // - The counters become zero.
 // - cu_seqlens, where given, are copied as what every reader can rely on: they begin at 0 or later, never decrease, and
 //   end within the tensors.
 // - dq becomes zero in rows of dense tensors that see no key, for which no kernel will come.
-BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, uint4* folded,
+BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, RowStatistics statistics,
                                  const Execution& execution);
 
 // A sink is a key without a value: dsink = -sum over rows of P_sink * delta,  P_sink = exp(sink - lse).

@@ -28,28 +28,52 @@ __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int
   });
 }
 
+// A problem's numbers as the terms take them. Conversions from double and divisions take as long as the terms: a kernel
+// whose call brings these finds them where instructions can take them from.
+struct ScoreConstants {
+  float scale, softcap, inverse_softcap;
+  float kept_weight;  // of what dropout keeps; 1: there is no dropout
+  uint32_t dropout_threshold;
+
+  FAE_INLINE explicit ScoreConstants(const Problem& p)
+      : scale(static_cast<float>(p.softmax_scale)),
+        softcap(static_cast<float>(p.softcap)),
+        inverse_softcap(softcap > kSmallest ? 1 / softcap : 1 / kSmallest),  // never infinite
+        kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
+        dropout_threshold(fae::dropout_threshold(p.dropout_p)) {}
+  FAE_INLINE bool drops() const { return kept_weight != 1; }
+
+ private:
+  static constexpr float kSmallest = 1e-37f;
+};
+
 class ScoreTerms {
  public:
-  __device__ ScoreTerms(const Problem& p, int batch, int head, const DeviceBand& band)
-      : p_(p), batch_(batch), head_(head), seqlen_q_(band.seqlen_q), seqlen_k_(band.seqlen_k) {}
+  __device__ __forceinline__ ScoreTerms(const Problem& p, int batch, int head, const DeviceBand& band)
+      : ScoreTerms(p, ScoreConstants(p), batch, head, band) {}
+  __device__ __forceinline__ ScoreTerms(const Problem& p, const ScoreConstants& constants, int batch, int head,
+                                        const DeviceBand& band)
+      : p_(p), constants_(constants), batch_(batch), head_(head), seqlen_q_(band.seqlen_q), seqlen_k_(band.seqlen_k) {}
 
   // Raw products become scores. f(m, half, n, e, gradient) is told d score / d (scale q.k) where softcap makes that
   // differ from 1.
   template <class Scores, class F>
   __device__ __forceinline__ void apply(Scores& s, int row0, int col0, F&& gradient) const {
-    const float scale = static_cast<float>(p_.softmax_scale), softcap = static_cast<float>(p_.softcap);
-    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= scale; });
-    if (softcap != 0)
+    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= constants_.scale; });
+    if (constants_.softcap != 0)
       s.for_each([&](int m, int half, int n, int e) {
         float& x = s.at(m, half, n, e);
-        x = apply_softcap(x, softcap);
-        gradient(m, half, n, e, softcap_gradient(x, softcap));
+        const float tanh = tanh_of(x * constants_.inverse_softcap);
+        x = constants_.softcap * tanh;
+        gradient(m, half, n, e, 1 - tanh * tanh);
       });
     if (p_.alibi_slopes) {
       const float slope = alibi_slope(p_, batch_, head_);
-      const float diagonal = static_cast<float>(row0 + seqlen_k_ - seqlen_q_ - col0);
+      const int row = s.row(0, 0), col = s.col(0, 0);
+      const float first = static_cast<float>(row0 + row + seqlen_k_ - seqlen_q_ - col0 - col);
       s.for_each([&](int m, int half, int n, int e) {
-        s.at(m, half, n, e) += alibi(slope, diagonal + static_cast<float>(s.row(m, half) - s.col(n, e)));
+        const int more = (s.row(m, half) - row) - (s.col(n, e) - col);  // the same for all lanes
+        s.at(m, half, n, e) += alibi(slope, first + static_cast<float>(more));
       });
     }
     if (p_.bias.data) add_bias(s, row0, col0);
@@ -57,11 +81,21 @@ class ScoreTerms {
   }
 
   // f(m, half, n, e, kept) for every element: whether dropout keeps it. row0 and col0 are multiples of 16.
-  template <int M, int N, class F>
-  __device__ __forceinline__ void dropout(const Accumulator<M, N>& s, int row0, int col0, F&& f) const {
+  template <class Scores, class F>
+  __device__ __forceinline__ void dropout(const Scores& s, int row0, int col0, F&& f) const {
+    if constexpr (Scores::kNeighbours)
+      drop_whole_calls(s, row0, col0, f);
+    else
+      drop_half_calls(s, row0, col0, f);
+  }
+
+ private:
+  template <class Scores, class F>
+  __device__ __forceinline__ void drop_whole_calls(const Scores& s, int row0, int col0, F&& f) const {
+    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces;
     static_assert(N % 2 == 0);
     const DropoutBits bits = dropout_bits(p_, batch_, head_);
-    const uint32_t threshold = dropout_threshold(p_.dropout_p);
+    const uint32_t threshold = constants_.dropout_threshold;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -74,30 +108,34 @@ class ScoreTerms {
             f(m, half, 2 * pair + word / 2, word % 2, (block.word[word] >> (16 * half) & 0xffffu) >= threshold);
       }
   }
-  // The same for a lane that has two neighbouring rows of one column, and with them half of each call's bits.
-  template <int M, int N, class F>
-  __device__ __forceinline__ void dropout(const TransposedAccumulator<M, N>& s, int row0, int col0, F&& f) const {
+  // For a lane that has two neighbouring rows of one column, and with them half of each call's bits. The other
+  // half is that of the lane with the column beside it: of two calls each makes one.
+  template <class Scores, class F>
+  __device__ __forceinline__ void drop_half_calls(const Scores& s, int row0, int col0, F&& f) const {
+    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces;
     static_assert(M % 2 == 0);
     const DropoutBits bits = dropout_bits(p_, batch_, head_);
-    const uint32_t threshold = dropout_threshold(p_.dropout_p);
-    const bool odd = lane_index() / 4 % 2 != 0;
+    const uint32_t threshold = constants_.dropout_threshold;
+    const bool odd = s.col(0, 0) % 2 != 0;
 #pragma unroll
     for (int pair = 0; pair < M / 2; ++pair)
+      for (int n = 0; n < N; ++n) {
+        const Philox4 block = bits.block(row0 + s.row(2 * pair, odd), col0 + s.col(n, 0));
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t even_word = block.word[2 * e], odd_word = block.word[2 * e + 1];
+          const uint32_t mine = odd ? odd_word : even_word;
+          const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_word : odd_word, 4);
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          const Philox4 block = bits.block(row0 + s.row(2 * pair, half), col0 + s.col(n, 0));
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const uint32_t word = odd ? block.word[2 * e + 1] : block.word[2 * e];
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t word = odd == (half != 0) ? mine : other;
             f(2 * pair, half, n, e, (word & 0xffffu) >= threshold);
             f(2 * pair + 1, half, n, e, (word >> 16) >= threshold);
           }
         }
+      }
   }
 
- private:
   // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come
   // from a tensor that nobody has checked.
   static __device__ __forceinline__ int limit(int length, int64_t size) {
@@ -159,6 +197,7 @@ class ScoreTerms {
   }
 
   const Problem& p_;
+  const ScoreConstants constants_;
   const int batch_, head_, seqlen_q_, seqlen_k_;
 };
 

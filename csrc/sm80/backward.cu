@@ -411,7 +411,7 @@ bool all_whole_vectors(const BackwardProblem& p) {
 template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const BackwardProblem p = cuda::prepare_backward(problem, space, nullptr, execution);
+  const BackwardProblem p = cuda::prepare_backward(problem, space, {}, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);

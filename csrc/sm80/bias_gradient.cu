@@ -38,6 +38,7 @@ struct BiasTiles {
   }
   FAE_INLINE int64_t blocks() const { return batches * heads * row_blocks * col_blocks; }
   FAE_INLINE int elements() const { return rows * cols; }
+  FAE_INLINE int64_t shares() const { return splits > 1 ? splits * tiles * elements() : 0; }  // of elements
 
   // The tile's batch, head, first row and first column in dbias.
   struct Place {
@@ -53,7 +54,7 @@ template <class Config>
 struct BiasCall {
   BackwardProblem p;
   BiasTiles<Config> tiles;
-  double* partial;  // [split][tile][element]
+  double* partial;  // [split][tile][element]; null: tiles are not shared, and dbias is written at once
   bool q_whole_vectors, k_whole_vectors, v_whole_vectors, dout_whole_vectors;
   Precision precision;
 };
@@ -92,7 +93,14 @@ __device__ void load_operands(const BiasCall<Config>& call, const ScoreOperands<
   __syncthreads();
 }
 
-__device__ void write_element(const ScoreView& view, const int64_t offset, double x) {
+// To where an element of a tile belongs, if that is in dbias.
+template <class Config>
+__device__ void write_element(const BiasTiles<Config>& tiles, const ScoreView& view, int64_t tile, int64_t element,
+                              double x) {
+  const auto place = tiles.place(tile, view);
+  const int64_t row = place.row + element / tiles.cols, col = place.col + element % tiles.cols;
+  if (row >= view.size_row || col >= view.size_col) return;
+  const int64_t offset = score_offset(view, place.batch, place.head, row, col);
   if (view.dtype == DType::float32)
     static_cast<float*>(view.data)[offset] = static_cast<float>(x);
   else if (view.dtype == DType::bfloat16)
@@ -150,7 +158,10 @@ __global__ void __launch_bounds__(Config::kThreads)
     double x = 0;
     for (int r = row; r < (tiles.every_row ? Config::kRows : row + 1); ++r)
       for (int c = col; c < (tiles.every_col ? Config::kKeys : col + 1); ++c) x += sums[r * Config::kKeys + c];
-    call.partial[(split * tiles.tiles + tile) * tiles.elements() + i] = x;
+    if (call.partial)
+      call.partial[(split * tiles.tiles + tile) * tiles.elements() + i] = x;
+    else
+      write_element(tiles, p.dbias, tile, i, x);
   }
 }
 
@@ -163,11 +174,7 @@ __global__ void __launch_bounds__(256) bias_gradient_sum_kernel(const __grid_con
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; i < count; i += threads) {
     double x = 0;
     for (int64_t split = 0; split < tiles.splits; ++split) x += call.partial[split * count + i];
-    const ScoreView& view = call.p.dbias;
-    const auto place = tiles.place(i / tiles.elements(), view);
-    const int64_t row = place.row + i % tiles.elements() / tiles.cols, col = place.col + i % tiles.cols;
-    if (row < view.size_row && col < view.size_col)
-      write_element(view, score_offset(view, place.batch, place.head, row, col), x);
+    write_element(tiles, call.p.dbias, i / tiles.elements(), i % tiles.elements(), x);
   }
 }
 
@@ -179,7 +186,7 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
   using C = Config<T>;
   const BiasCall<C> call{p,
                          BiasTiles<C>(p),
-                         static_cast<double*>(workspace),
+                         BiasTiles<C>(p).shares() > 0 ? static_cast<double*>(workspace) : nullptr,
                          whole_vectors<T>(p.q, p.head_dim),
                          whole_vectors<T>(p.k, p.head_dim),
                          whole_vectors<T>(p.v, p.head_dim_v),
@@ -187,6 +194,7 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
                          precision_of(p)};
   cuda::launch("sm80 bias gradient", bias_gradient_kernel<T, C>,
                cuda::Grid{call.tiles.tiles * call.tiles.splits, C::kThreads, BiasMemory<T, C>::kBytes}, stream, call);
+  if (!call.partial) return;
   const int64_t elements = call.tiles.tiles * call.tiles.elements();
   cuda::launch("sm80 bias gradient sum", bias_gradient_sum_kernel<C>,
                cuda::Grid{.blocks = ceil_div(elements, 256), .threads = 256, .loops = true}, stream, call);
@@ -195,7 +203,7 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
 template <class C>
 size_t workspace_of(const BackwardProblem& p) {
   const BiasTiles<C> tiles(p);
-  return static_cast<size_t>(tiles.splits * tiles.tiles * tiles.elements()) * sizeof(double);
+  return static_cast<size_t>(tiles.shares()) * sizeof(double);
 }
 
 }  // namespace

@@ -12,8 +12,6 @@
 namespace fae::sm90 {
 namespace {
 
-constexpr double kSmallestScale = 1e-30;  // lse / scale, which the backward adds to products, has to be a float
-
 // Calls run with the smallest head dim tile that holds a call's head dims, as a constant.
 template <class F>
 auto with_head_dim(const Problem& p, F&& run) {
@@ -66,9 +64,6 @@ std::vector<std::string> declines(const Problem& p) {
 
 std::vector<std::string> declines_backward(const BackwardProblem& p) {
   std::vector<std::string> reasons = declines(p);
-  if (!p.plain_scores() || p.softmax_scale < kSmallestScale)
-    reasons.push_back(
-        "its backward takes neither softcap, alibi_slopes, bias, mask and dropout nor a softmax_scale below 1e-30");
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   if (!readable(p.dout, rows_q, p.heads, batch_q) || !readable(p.dq, rows_q, p.heads, batch_q) ||

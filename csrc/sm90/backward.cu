@@ -1,7 +1,9 @@
 #include "../cuda/backward_space.h"
 #include "../cuda/delta.h"
 #include "../cuda/launch.h"
+#include "../sm80/kernels.h"
 #include "backward_movers.h"
+#include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
 
@@ -15,6 +17,8 @@
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.
 //
+// Scores that are more than products times a positive scale need lse by itself (backward_terms.h): a kernel of its own.
+//
 // dQ of a step is computed during the next step, when dS of both warpgroups is there without anybody having waited for
 // it. It grows in global memory in the order of the visits, as in sm80/backward.cu: the first visitor stores, others
 // add, the last one writes the result.
@@ -22,8 +26,8 @@
 namespace fae::sm90 {
 namespace {
 
-// A warpgroup that computes.
-template <class T, class Config>
+// A warpgroup that computes. kGeneral: scores are more than products times a positive scale.
+template <class T, class Config, bool kGeneral>
 class BackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
@@ -40,8 +44,8 @@ class BackwardComputer {
         warp_row_(warp % 4 * 16),
         scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
 
-  __device__ void run() {
-    for_each_key_block(memory_, [&](const KeyBlock& keys) {
+  __device__ __forceinline__ void run() {
+    for_each_key_block(memory_, [&](const KeyBlock& keys) __attribute__((always_inline)) {
       dk_.fill(0);
       dv_.fill(0);
       if (keys.steps > 0) walk(keys.steps);
@@ -69,7 +73,7 @@ class BackwardComputer {
   template <bool kFirst, bool kLast>
   __device__ __forceinline__ void step() {
     Fragments p, ds;
-    make_fragments(p, ds);
+    take_fragments(p, ds);
     store_ds(ds);
     if constexpr (!kFirst) start_dq(step_ - 1);
     fence_registers(p);
@@ -109,7 +113,7 @@ class BackwardComputer {
     }
   }
 
-  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta.
+  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta; general: S^T and dP^T alone.
   __device__ __forceinline__ void start_scores() {
     const Memory memory = memory_.unknown();
     start_product(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
@@ -122,14 +126,16 @@ class BackwardComputer {
                                                 const typename Memory::Q& rows) const {
     auto& transpose = s.transpose;
     begin_products();
-    multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
-                   doubled_descriptor(memory_.statistics(stage()), 8 * 16), false, __nv_bfloat16{});
-    multiply_straight(transpose, keys, rows, true);
+    if constexpr (!kGeneral)
+      multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
+                     doubled_descriptor(memory_.statistics(stage()), 8 * 16), false, __nv_bfloat16{});
+    multiply_straight(transpose, keys, rows, !kGeneral);
     commit_products();
   }
 
   // P = exp(scale S) while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
+    if constexpr (kGeneral) return finish_general_scores();
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     const Step step = read_struct<Step>(memory_.step(step_));
@@ -145,18 +151,52 @@ class BackwardComputer {
     fence_registers(dprob_.transpose.x[0]);
   }
 
-  __device__ __forceinline__ void make_fragments(Fragments& p, Fragments& ds) {
-    scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
-    pack(dprob_, ds);
-    pack(scores_, p);
+  // P and dS at once: half of the rows' P while dP is computed, for more there are no registers.
+  __device__ __forceinline__ void finish_general_scores() {
+    constexpr int kParts = Config::kRows / 16, kEarlyParts = Config::kEarlyParts;
+    wait_products<1>();
+    fence_registers(scores_.transpose.x[0]);
+    const Step step = read_struct<Step>(memory_.step(step_));
+    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+    const GeneralScores<T> general(call_, keys, step.head, step.is_edge(warpgroup_), step.row_begin,
+                                   keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_,
+                                   memory_.statistics(stage()));
+    const auto finish = [&](int k) {
+      copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(stage())), general_ds_[k]);
+    };
+#pragma unroll
+    for (int k = 0; k < kEarlyParts; ++k) copy(general.compute(scores_, k), general_p_[k]);
+    fence_registers(scores_.transpose.x[0]);
+    wait(memory_.ds_empty(stage()), parity() ^ 1);
+    wait_products<0>();
+    fence_registers(dprob_.transpose.x[0]);
+#pragma unroll
+    for (int k = 0; k < kEarlyParts; ++k) finish(k);
+#pragma unroll
+    for (int k = kEarlyParts; k < kParts; ++k) {
+      copy(general.compute(scores_, k), general_p_[k]);
+      finish(k);
+    }
+  }
+
+  // P and dS as left operands.
+  __device__ __forceinline__ void take_fragments(Fragments& p, Fragments& ds) {
+    if constexpr (kGeneral) {
+      memcpy(p, general_p_, sizeof(p));
+      memcpy(ds, general_ds_, sizeof(ds));
+    } else {
+      scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+      pack(dprob_, ds);
+      pack(scores_, p);
+    }
   }
   __device__ __forceinline__ static void pack(const Scores& x, Fragments& fragments) {
 #pragma unroll
-    for (int k = 0; k < Config::kRows / 16; ++k) {
-      const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(x.transpose, 0, k);
+    for (int k = 0; k < Config::kRows / 16; ++k) copy(sm80::as_left_operand<T>(x.transpose, 0, k), fragments[k]);
+  }
+  __device__ __forceinline__ static void copy(const sm80::FragmentA<T>& from, uint32_t (&to)[4]) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragments[k][i] = fragment.x[i];
-    }
+    for (int i = 0; i < 4; ++i) to[i] = from.x[i];
   }
 
   // dS, rows by keys, to where both warpgroups find it.
@@ -257,11 +297,12 @@ class BackwardComputer {
   const float scale_log2_;
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
+  Fragments general_p_, general_ds_;
   QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
 
-template <class T, class Config>
+template <class T, class Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardCall call) {
   const BackwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x < 64) memory.init_selectors(static_cast<int>(threadIdx.x));
@@ -278,7 +319,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config>, BackwardComputer<T, Config>>;
+    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config, kGeneral>,
+                                         BackwardComputer<T, Config, kGeneral>>;
     Computer(call, memory, warp - 4).run();
   }
 }
@@ -288,20 +330,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 template <class Config>
 struct BackwardSpace : cuda::BackwardSpace {
   uint4* statistics;
+  void* bias_gradient;
 
   BackwardSpace(const BackwardProblem& p, void* base)
       : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim) {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
+    const size_t bias_bytes = p.dbias.data ? sm80::bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
+    bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
   }
 };
 
-template <class T>
+template <class T, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
-  using Config = BackwardConfig<FAE_HEAD_DIM>;
+  using Config = BackwardConfig<FAE_HEAD_DIM, kGeneral>;
   using Memory = BackwardMemory<T, Config>;
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const BackwardProblem p = cuda::prepare_backward(problem, space, space.statistics, execution);
+  const cuda::RowStatistics row_statistics{.rows = space.statistics, .folded = !kGeneral};
+  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
+  if (p.dbias.data) sm80::bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
   // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
   // together that a key block's slot is free when its successors have begun.
@@ -323,26 +370,40 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       space.ticket(),
       space.turns(),
       space.dq_partial,
+      cuda::ScoreConstants(p),
       map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
       map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
       make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
-  cuda::launch("sm90 backward", backward_kernel<T, Config>, cuda::Grid{blocks, Config::kThreads, Memory::kBytes},
-               execution.stream, call);
+  cuda::launch("sm90 backward", backward_kernel<T, Config, kGeneral>,
+               cuda::Grid{blocks, Config::kThreads, Memory::kBytes}, execution.stream, call);
+}
+
+// lse / scale, which is added to products of plain scores, has to be a float.
+constexpr double kSmallestScale = 1e-30;
+
+// f(std::bool_constant) with whether a call's scores are general.
+template <class F>
+auto with_kind(const BackwardProblem& p, F&& f) {
+  return p.plain_scores() && p.softmax_scale >= kSmallestScale ? f(std::false_type{}) : f(std::true_type{});
 }
 
 }  // namespace
 
 template <>
 size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
-  return BackwardSpace<BackwardConfig<FAE_HEAD_DIM>>(p, nullptr).bytes;
+  return with_kind(
+      p, [&](auto general) { return BackwardSpace<BackwardConfig<FAE_HEAD_DIM, general()>>(p, nullptr).bytes; });
 }
 
 template <>
 void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
-  p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16>(p, execution) : run_backward<__half>(p, execution);
+  with_kind(p, [&](auto general) {
+    p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16, general()>(p, execution)
+                               : run_backward<__half, general()>(p, execution);
+  });
 }
 
 }  // namespace fae::sm90

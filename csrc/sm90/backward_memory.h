@@ -19,8 +19,9 @@ struct BackwardCall {
   unsigned long long* ticket;  // of key blocks taken
   int* turns;                  // [head or batch x head][query block]: visitors that are done
   float* dq_partial;           // the same, by a block's sums in the order of the threads that hold them
+  cuda::ScoreConstants constants;
   TensorMap q, k, v, dout;
-  TensorMap statistics;  // cuda/delta.h, `folded`
+  TensorMap statistics;  // cuda/delta.h, RowStatistics
 };
 
 // A block of keys on its way from the loading warp to those that compute.

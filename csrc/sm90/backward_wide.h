@@ -1,5 +1,6 @@
 #pragma once
 
+#include "backward_terms.h"
 #include "backward_visit.h"
 
 // A warpgroup of the backward that computes, for head dims beyond 128 (backward.cu says what is computed). dK and dV of
@@ -12,7 +13,7 @@
 
 namespace fae::sm90 {
 
-template <class T, class Config>
+template <class T, class Config, bool kGeneral>
 class WideBackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
@@ -28,7 +29,7 @@ class WideBackwardComputer {
         warp_row_(warp % 4 * 16),
         scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     for_each_key_block(memory_, [&](const KeyBlock& keys) {
       gradient_.fill(0);
       if (keys.steps > 0) walk(keys.steps);
@@ -63,11 +64,11 @@ class WideBackwardComputer {
     Accumulator<1, kMoreCols / 8> more;
     start_dq(first, first_col());
     start_dq(more, more_col());
-    if constexpr (!kLast) {
+    if constexpr (!kLast && !kGeneral) {
       wait_products<3>();
       finish_scores(step_ + 1);
-      wait_for_dout(step_ + 1);
     }
+    if constexpr (!kLast) wait_for_dout(step_ + 1);
     wait_products<2>();
     fence_registers(gradient_.x[0]);
     release(memory_.rows_empty(stage()));
@@ -75,6 +76,7 @@ class WideBackwardComputer {
     wait_products<1>();
     finish_dq(first, warpgroup_ * NQ, first_col());
     if constexpr (!kLast) start_dprob(step_ + 1);
+    if constexpr (!kLast && kGeneral) finish_scores(step_ + 1);  // now that there are registers for it
     wait_products<kLast ? 0 : 1>();
     finish_dq(more, warpgroup_ * NQ + kFirstCols / 8, more_col());
     release(memory_.added(step_));
@@ -85,7 +87,8 @@ class WideBackwardComputer {
     ++step_;
   }
 
-  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta, of this warpgroup's rows.
+  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta (general: without lse and delta), of this
+  // warpgroup's rows.
   __device__ __forceinline__ void start_scores(unsigned number) {
     const int stage = Buffers::stage(number);
     wait(memory_.q_full(stage), Buffers::parity(number));
@@ -104,21 +107,35 @@ class WideBackwardComputer {
                                                 const typename Memory::Q& rows, uint32_t statistics) const {
     auto& transpose = s.transpose;
     begin_products();
-    multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
-                   doubled_descriptor(statistics + 16 * score_row(), 8 * 16), false, __nv_bfloat16{});
-    multiply_straight(transpose, keys, rows, true, score_row());
+    if constexpr (!kGeneral)
+      multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
+                     doubled_descriptor(statistics + 16 * score_row(), 8 * 16), false, __nv_bfloat16{});
+    multiply_straight(transpose, keys, rows, !kGeneral, score_row());
     commit_products();
   }
 
-  // P = exp(scale S).
+  // P = exp(scale S). General: P leaves at once, what dS needs of it remains.
   __device__ __forceinline__ void finish_scores(unsigned number) {
     fence_registers(scores_.transpose.x[0]);
     const Step step = read_struct<Step>(memory_.step(number));
-    if (step.is_edge(0)) {
+    if constexpr (kGeneral) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      cuda::mask_band(scores_, keys.band, step.row_begin + score_row(), keys.key_begin + warp_row_);
+      const int stage = Buffers::stage(number);
+      const GeneralScores<T> general(call_, keys, step.head, step.is_edge(0), step.row_begin + score_row(),
+                                     keys.key_begin + warp_row_, statistics(stage));
+#pragma unroll
+      for (int k = 0; k < Config::kScoreRows / 16; ++k) {
+        const sm80::FragmentA<T> p = general.compute(scores_, k);
+        const int lane = opaque(lane_index());
+        store_matrices((exchanged(stage, lane) ^ exchanged_chunk(k, lane)) + Memory::DS::kBytes, p.x);
+      }
+    } else {
+      if (step.is_edge(0)) {
+        const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+        cuda::mask_band(scores_, keys.band, step.row_begin + score_row(), keys.key_begin + warp_row_);
+      }
+      exponentiate(scores_, scale_log2_);
     }
-    exponentiate(scores_, scale_log2_);
     // The wait for a barrier that follows keeps the compiler from taking the exponentials after the products.
     fence_registers(scores_.transpose.x[0]);
   }
@@ -126,19 +143,29 @@ class WideBackwardComputer {
   // P^T and dS^T to where both warpgroups find them. Those of two steps before are no longer needed: the other
   // warpgroup, too, has been seen to store those of one step before.
   __device__ __forceinline__ void store_scores() {
-    scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+    if constexpr (!kGeneral)
+      scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
     const int lane = opaque(lane_index());
-    const uint32_t first = memory_.ds(stage()).address(warp_row_ + lane % 16, 0);
+    const uint32_t first = exchanged(stage(), lane);
 #pragma unroll
     for (int k = 0; k < Config::kScoreRows / 16; ++k) {
-      const uint32_t chunk = (score_row() + 16 * k) / 8 + lane / 16;
-      const sm80::FragmentA<T> ds = sm80::as_left_operand<T>(dprob_.transpose, 0, k);
-      const sm80::FragmentA<T> p = sm80::as_left_operand<T>(scores_.transpose, 0, k);
-      store_matrices(first ^ (chunk * 16), ds.x);
-      store_matrices((first ^ (chunk * 16)) + Memory::DS::kBytes, p.x);
+      const uint32_t ds = first ^ exchanged_chunk(k, lane);
+      if constexpr (kGeneral) {
+        store_matrices(ds, GeneralScores<T>::finish(dprob_, scores_, k, call_.constants, statistics(stage())).x);
+      } else {
+        store_matrices(ds, sm80::as_left_operand<T>(dprob_.transpose, 0, k).x);
+        store_matrices(ds + Memory::DS::kBytes, sm80::as_left_operand<T>(scores_.transpose, 0, k).x);
+      }
     }
     fence_async_proxy();
     release(memory_.ds_full(stage()));
+  }
+  // Where a lane stores its part of dS^T: this, with the bits of 16 rows exchanged.
+  __device__ __forceinline__ uint32_t exchanged(int stage, int lane) const {
+    return memory_.ds(stage).address(warp_row_ + lane % 16, 0);
+  }
+  __device__ __forceinline__ uint32_t exchanged_chunk(int k, int lane) const {
+    return ((score_row() + 16 * k) / 8 + lane / 16) * 16;
   }
 
   // dV += P^T dO or dK += dS^T Q.
@@ -197,6 +224,10 @@ class WideBackwardComputer {
   }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
+  // Of this warpgroup's first row.
+  __device__ __forceinline__ uint32_t statistics(int stage) const {
+    return memory_.statistics(stage) + 16 * score_row();
+  }
   __device__ __forceinline__ int score_row() const { return warpgroup_ * Config::kScoreRows; }
   __device__ __forceinline__ bool has_dk() const { return warpgroup_ != 0; }
 

@@ -65,6 +65,7 @@ struct BackwardTile : BackwardBlock<kRows, 2 * kWarpgroupRows, kDim> {
   // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
   static constexpr bool kSharesDim = kDim == 2 * 64;
   static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
+  static constexpr int kEarlyParts = kDim == 64 ? kRows / 16 : 1;  // of 16 rows, whose general P is computed while dP is
   static_assert(kSharesDim || kDim == 64);
 };
 
@@ -76,15 +77,20 @@ struct WideBackwardTile : BackwardBlock<64, kWarpgroupRows, kDim> {
   static constexpr int kQueryCols = kDim / 2;                     // and of dQ
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kGeneral>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardTile<128, 64> {};
+struct BackwardConfig<64, false> : BackwardTile<128, 64> {};
 template <>
-struct BackwardConfig<128> : BackwardTile<80, 128> {};
+struct BackwardConfig<128, false> : BackwardTile<80, 128> {};
+template <bool kGeneral>
+struct BackwardConfig<192, kGeneral> : WideBackwardTile<192> {};
+template <bool kGeneral>
+struct BackwardConfig<256, kGeneral> : WideBackwardTile<256> {};
+
 template <>
-struct BackwardConfig<192> : WideBackwardTile<192> {};
+struct BackwardConfig<64, true> : BackwardTile<64, 64> {};
 template <>
-struct BackwardConfig<256> : WideBackwardTile<256> {};
+struct BackwardConfig<128, true> : BackwardTile<64, 128> {};
 
 }  // namespace fae::sm90
