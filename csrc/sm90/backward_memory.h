@@ -13,22 +13,29 @@ namespace fae::sm90 {
 // One call: the problem and what the host has worked out about it.
 struct BackwardCall {
   BackwardProblem p;
-  GridSchedule key_blocks;    // (batch, KV head, block of keys)
-  PackedBlocks query_blocks;  // packed tensors
-  int query_blocks_per_head;
-  unsigned long long* ticket;  // of key blocks taken
+  GridSchedule tasks;                     // (batch, query head, block of keys)
+  PackedBlocks query_blocks, key_blocks;  // packed tensors
+  int query_blocks_per_head, key_blocks_per_head;
+  unsigned long long* ticket;  // of tasks taken
   int* turns;                  // [head or batch x head][query block]: visitors that are done
   float* dq_partial;           // the same, by a block's sums in the order of the threads that hold them
+  int* key_turns;              // [KV head or batch x KV head][key block][warp]: query heads that are done
+  float* dkv_partial;          // the same by block, as dq_partial
   TensorMap q, k, v, dout;
   TensorMap statistics;  // cuda/delta.h, `folded`
 };
 
-// A block of keys on its way from the loading warp to those that compute.
+// A task, a block of keys for one query head, on its way from the loading warp to those that compute.
 struct alignas(16) KeyBlock {
   int batch = 0, head_kv = 0, key_begin = 0, steps = 0;  // batch -1: there are no more
   int q_start = 0, k_start = 0;
   cuda::DeviceBand band = {};
-  int unused[2] = {};
+  int slot = 0;   // of the block's dK and dV
+  int flags = 0;  // kLastHead, and from kRank on the place among the query heads that add to them
+
+  static constexpr int kLastHead = 1, kRank = 1;
+  __device__ int rank() const { return flags >> kRank; }
+  __device__ bool last_head() const { return flags & kLastHead; }
 };
 
 // A query block that meets the keys, and this visit's place among those to the query block's dQ.

@@ -33,35 +33,57 @@ __device__ __forceinline__ void wait_for_turn(const BackwardMemory<T, Config>& m
   wait(memory.turn(number), BackwardMemory<T, Config>::StepBuffers::parity(number));
 }
 
-// In the step's turn, adds a warpgroup's part of dQ to what earlier visitors have left; the last visitor takes what
-// they have left, and then write(dq) has the sum. `piece` numbers the pieces of 64 rows by 8 columns (or the other way
-// round) of the query block, from this part's first one on.
-template <class Config, int N, class Write>
-__device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1, N>& dq, const Step& step, int piece,
-                                         Write&& write) {
-  float4* const partial =
-      reinterpret_cast<float4*>(call.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim) +
-      piece * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-  if (!step.last_visit()) {
-    if (step.rank() > 0) {
+// In its turn, adds a warpgroup's part of a sum to what `rank` earlier visitors have left in global memory, beginning
+// at `partial`; the last visitor takes what they have left: then write(x) has the sum. `piece` numbers the pieces of 64
+// rows by 8 columns (or the other way round) of all parts, from this part's first one on.
+template <int N, class Write>
+__device__ __forceinline__ void visit(float* partial, int piece, Accumulator<1, N>& x, int rank, bool last,
+                                      Write&& write) {
+  float4* const mine = reinterpret_cast<float4*>(partial) + piece * kWarpgroupThreads +
+                       static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+  if (!last) {
+    if (rank > 0) {
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        sm80::add_to_global(reinterpret_cast<float*>(partial + n * kWarpgroupThreads), dq.x[0][n]);
+        sm80::add_to_global(reinterpret_cast<float*>(mine + n * kWarpgroupThreads), x.x[0][n]);
     } else {
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        partial[n * kWarpgroupThreads] = {dq.x[0][n][0], dq.x[0][n][1], dq.x[0][n][2], dq.x[0][n][3]};
+        mine[n * kWarpgroupThreads] = {x.x[0][n][0], x.x[0][n][1], x.x[0][n][2], x.x[0][n][3]};
     }
   } else {
-    if (step.rank() > 0) {
+    if (rank > 0) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const float4 others = __ldcg(partial + n * kWarpgroupThreads);
-        dq.x[0][n][0] += others.x, dq.x[0][n][1] += others.y, dq.x[0][n][2] += others.z, dq.x[0][n][3] += others.w;
+        const float4 others = __ldcg(mine + n * kWarpgroupThreads);
+        x.x[0][n][0] += others.x, x.x[0][n][1] += others.y, x.x[0][n][2] += others.z, x.x[0][n][3] += others.w;
       }
     }
-    write(dq);
+    write(x);
   }
+}
+
+// A part of a step's dQ.
+template <class Config, int N, class Write>
+__device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1, N>& dq, const Step& step, int piece,
+                                         Write&& write) {
+  visit(call.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim, piece, dq, step.rank(), step.last_visit(),
+        write);
+}
+
+// dK and dV of keys that several query heads share: f(partial), where those of the block lie, in this head's turn.
+// Warps need not wait for each other: each has turns of its own, for what its own lanes add.
+template <class Config, class F>
+__device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, F&& f) {
+  int* const done = call.key_turns + keys.slot * 4 * Config::kWarpgroups + warp;
+  if (keys.rank() > 0) {
+    while (sm80::load_acquire(done) < keys.rank()) {
+    }
+  }
+  f(call.dkv_partial + int64_t{keys.slot} * 2 * Config::kKeys * Config::kDim);
+  if (keys.last_head()) return;
+  __syncwarp();
+  if (lane_index() == 0) sm80::store_release(done, keys.rank() + 1);
 }
 
 }  // namespace fae::sm90
