@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, benchmarks/README.md and docs/kernels.md from the result files, between markers.
+"""Writes the tables of README.md, benchmarks/README.md and pages of docs from the result files, between markers.
 
     python benchmarks/tables.py            # or: make tables
 
@@ -18,7 +18,12 @@ from suites import DIRECTIONS, GPU_SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "numerics.md",
+)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 EMPTY = "Nothing was measured yet."
@@ -290,9 +295,18 @@ def plots(results: Path) -> str:
     return "\n\n".join(links)
 
 
+def error_plots(results: Path) -> str:
+    """The plots of errors that plot.py drew for each machine, seen from docs."""
+    links = []
+    for suite in ("prefill", "attention"):
+        for environment, _, path in load(results, suite):
+            links.append(f"![error on {machine_name(environment)}](plots/{path.parent.name}-error.png)")
+    return "\n\n".join(links)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     made.__name__: made
-    for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, tried, plots)
+    for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, tried, plots, error_plots)
 }
 
 

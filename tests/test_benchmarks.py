@@ -279,7 +279,8 @@ def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
     assert set(plot.COLOURS) == set(tables.TITLES) == set(candidates.CANDIDATES)
     plot.main(tmp_path, tmp_path / "plots")
     drawn = {f"docs/plots/{image.name}" for image in tmp_path.glob("plots/*.png")}
-    assert all(link.split("(")[-1].rstrip(")") in drawn for link in tables.plots(tmp_path).split("\n\n"))
+    links = tables.plots(tmp_path) + "\n\n" + tables.error_plots(tmp_path).replace("(plots", "(docs/plots")
+    assert all(link.split("(")[-1].rstrip(")") in drawn for link in links.split("\n\n"))
 
 
 @pytest.mark.usefixtures("tiny_suites")
