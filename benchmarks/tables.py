@@ -21,8 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
-    ROOT / "docs" / "kernels.md",
-    ROOT / "docs" / "numerics.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("kernels", "numerics", "training")),
 )
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -193,6 +192,26 @@ def memory(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def longest(results: Path) -> str:
+    """The longest sequence of which forward and backward stay within the limit."""
+    blocks = []
+    for environment, records, _ in load(results, "longest"):
+        titles, rows = measured(records), []
+        for record in records:
+            entries = [record["candidates"].get(candidate, {}) for candidate in titles]
+            name = re.sub(r" S\d+", "", record["name"])  # the length is the result
+            rows.append([name, record["case"]["dtype"], str(record["threads"]), *map(longest_run, entries)])
+        blocks.append(heading(environment) + "\n\n" + table(["case", "dtype", "threads", *titles.values()], rows))
+    return "\n\n".join(blocks)
+
+
+def longest_run(entry: Record) -> str:
+    if "limit_mib" not in entry:
+        return "-"
+    more = "more than " if entry["stopped"] == "time" else ""
+    return f"{more}{entry['seqlen']} ({entry['mib']:.0f} MiB, {entry['seconds']:.0f} s)"
+
+
 def error_table(records: list[Record]) -> str:
     tensors = ("out", "dq", "dk", "dv")
     rows = []
@@ -306,7 +325,20 @@ def error_plots(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     made.__name__: made
-    for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, tried, plots, error_plots)
+    for made in (
+        speedup,
+        speed,
+        one_token,
+        memory,
+        longest,
+        error,
+        gpu_speedup,
+        gpu_speed,
+        gpu_error,
+        tried,
+        plots,
+        error_plots,
+    )
 }
 
 
