@@ -209,7 +209,7 @@ def longest_run(entry: Record) -> str:
     if "limit_mib" not in entry:
         return "-"
     more = "more than " if entry["stopped"] == "time" else ""
-    return f"{more}{entry['seqlen']} ({entry['mib']:.0f} MiB, {entry['seconds']:.0f} s)"
+    return f"{more}{entry['seqlen']} ({entry['mib']:.0f} MiB)"
 
 
 def error_table(records: list[Record]) -> str:
