@@ -63,13 +63,17 @@ struct BackwardMemory {
   static constexpr int kStepStages = 4;  // a step is looked at once more during the next
   using StepBuffers = NumberedBuffers<kStepStages>;
 
+  // What products read doubled comes first: compute-sanitizer takes them to read as many bytes as others do, and there
+  // have to be as many behind it.
   static constexpr int kKeysBytes = Config::kKeyPieces * K::kBytes, kStatisticsBytes = Config::kRows * 16;
-  static constexpr int kV = kKeysBytes, kQ = 2 * kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
-  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * kExchangedBytes;
-  static constexpr int kSelectors = kStatistics + Config::kStages * kStatisticsBytes;
-  static constexpr int kKeyBlock = kSelectors + 2 * 128, kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
+  static constexpr int kSelectors = 0, kStatistics = 2 * 128;
+  static constexpr int kKeyBlock = kStatistics + Config::kStages * kStatisticsBytes;
+  static constexpr int kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
   static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
-  static constexpr int kTurns = 5 + 5 * Config::kStages, kBytes = kBarriers + 8 * (kTurns + 2 * kStepStages);
+  static constexpr int kTurns = 5 + 5 * Config::kStages;
+  static constexpr int kK = (kBarriers + 8 * (kTurns + 2 * kStepStages) + 1023) / 1024 * 1024;
+  static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
+  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
   static_assert(kBytes <= 227 * 1024);
   static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
 
@@ -79,7 +83,7 @@ struct BackwardMemory {
   // descriptors, in registers that there are not.
   __device__ __forceinline__ BackwardMemory unknown() const { return {opaque(base)}; }
 
-  __device__ K k(int piece) const { return {base + piece * K::kBytes}; }
+  __device__ K k(int piece) const { return {base + kK + piece * K::kBytes}; }
   __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
   __device__ Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
