@@ -109,13 +109,12 @@ struct GridSchedule {
     const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * run * blocks;
     const uint32_t first = index / whole * group, in_group = all - first < group ? all - first : group;
     uint32_t rest = index % whole;
-    const auto split = [&](uint32_t size) {
-      const uint32_t number = rest / size;
-      rest -= number * size;
-      return number;
-    };
-    const uint32_t parity = split(in_group * run * blocks), in_run = split(in_group * blocks), number = split(in_group);
-    const uint32_t member = first + rest, per_batch = heads / run / parities, batch = member / per_batch;
+    const uint32_t parity = rest / (in_group * run * blocks);
+    rest -= parity * in_group * run * blocks;
+    const uint32_t in_run = run == 1 ? 0 : rest / (in_group * blocks);
+    rest -= in_run * in_group * blocks;
+    const uint32_t number = rest / in_group, member = first + (rest - number * in_group);
+    const uint32_t per_batch = heads / run / parities, batch = member / per_batch;
     const uint32_t head = ((member - batch * per_batch) * parities + parity) * run + in_run;
     const uint32_t block = is_last_first(head) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
