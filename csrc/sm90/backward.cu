@@ -7,11 +7,11 @@
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
-// Thread blocks stay and take one task after the other, a block of keys for one query head. Each of two warpgroups has
-// 64 of the keys, with their dK and dV in registers, and meets the query blocks that see them one by one ("steps").
-// Scores are computed transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the registers that
-// they come in, and dS passes through shared memory for dQ only. (Head dims beyond 128 leave no registers for that:
-// backward_wide.h.)
+// Thread blocks stay and take one task after the other, a block of keys for a query head or several. Each of two
+// warpgroups has 64 of the keys, with their dK and dV in registers, and meets the query blocks that see them one by one
+// ("steps"). Scores are computed transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the
+// registers that they come in, and dS passes through shared memory for dQ only. (Head dims beyond 128 leave no
+// registers for that: backward_wide.h.)
 //
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.
@@ -297,7 +297,7 @@ template <class Config>
 struct BackwardSpace : cuda::BackwardSpace {
   uint4* statistics;
   int64_t key_blocks;  // per head
-  float* dkv_partial;  // of every key block that several query heads add to
+  float* dkv_partial;  // of every key block that several tasks add to
 
   BackwardSpace(const BackwardProblem& p, void* base)
       : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim, key_counters(p)) {
@@ -315,7 +315,8 @@ struct BackwardSpace : cuda::BackwardSpace {
     return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
   }
   static int64_t shared_key_blocks(const BackwardProblem& p) {
-    return p.heads == p.heads_kv ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
+    const bool few_rows = (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q) <= Config::kFewRows;
+    return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
   }
   static int64_t key_counters(const BackwardProblem& p) { return shared_key_blocks(p) * 4 * Config::kWarpgroups; }
 };

@@ -13,7 +13,7 @@ namespace fae::sm90 {
 // One call: the problem and what the host has worked out about it.
 struct BackwardCall {
   BackwardProblem p;
-  GridSchedule tasks;                     // (batch, query head, block of keys)
+  GridSchedule tasks;                     // (batch, query head or first of those that share keys, block of keys)
   PackedBlocks query_blocks, key_blocks;  // packed tensors
   int query_blocks_per_head, key_blocks_per_head;
   unsigned long long* ticket;  // of tasks taken
@@ -25,13 +25,14 @@ struct BackwardCall {
   TensorMap statistics;  // cuda/delta.h, `folded`
 };
 
-// A task, a block of keys for one query head, on its way from the loading warp to those that compute.
+// A task, a block of keys for one query head or all that share them, on its way from the loading warp to those that
+// compute.
 struct alignas(16) KeyBlock {
   int batch = 0, head_kv = 0, key_begin = 0, steps = 0;  // batch -1: there are no more
   int q_start = 0, k_start = 0;
   cuda::DeviceBand band = {};
   int slot = 0;   // of the block's dK and dV
-  int flags = 0;  // kLastHead, and from kRank on the place among the query heads that add to them
+  int flags = 0;  // kLastHead, and from kRank on the number of query heads before that add to them
 
   static constexpr int kLastHead = 1, kRank = 1;
   __device__ int rank() const { return flags >> kRank; }

@@ -40,51 +40,50 @@ class BackwardLoader {
     const Sequence s = sequence_of(p_, tile.batch);
     if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
-    const int head = static_cast<int>(tile.head), group = static_cast<int>(p_.heads / p_.heads_kv);
-    const int key = block * Config::kKeys;
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
     const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
     const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
     const int first_block = rows.begin / Config::kRows;
     const int blocks = rows.empty() ? 0 : ceil_div(rows.end, Config::kRows) - first_block;
+    // Where no query sees the keys, whatever its head, one task writes the zeros.
+    const int first_head = static_cast<int>(tile.head), rank = first_head % group;
+    const int heads = blocks == 0 || s.seqlen_q <= Config::kFewRows ? group : 1;
+    if (heads > 1 && rank > 0) return;
     KeyBlock keys;
     keys.batch = batch;
-    keys.head_kv = head / group;
+    keys.head_kv = first_head / group;
     keys.key_begin = key;
-    keys.steps = blocks;
+    keys.steps = heads * blocks;
     keys.q_start = static_cast<int>(s.q_start);
     keys.k_start = static_cast<int>(s.k_start);
     keys.band = band;
     keys.slot = block + first_slot(call_.key_blocks, batch, keys.head_kv, static_cast<int>(p_.heads_kv),
                                    call_.key_blocks_per_head);
-    const int rank = head - keys.head_kv * group;
-    keys.flags = rank << KeyBlock::kRank | (rank == group - 1 ? KeyBlock::kLastHead : 0);
-    if (blocks == 0) {
-      // No query sees the keys, whatever the head: one of them writes the zeros.
-      keys.flags = KeyBlock::kLastHead;
-      if (rank == 0) publish(keys);
-      return;
-    }
+    keys.flags = rank << KeyBlock::kRank | (rank + heads == group ? KeyBlock::kLastHead : 0);
     publish(keys);
 
-    const int slot0 =
-        first_slot(call_.query_blocks, batch, head, static_cast<int>(p_.heads), call_.query_blocks_per_head);
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
-      // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
-      // each follows its predecessor at a distance.
-      const int query_block = first_block + (last_first ? i : blocks - 1 - i);
-      const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
-      const auto visible = band.any(row, row_end), every = band.every(row, row_end);
-      const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
-      const int visit = last_first ? first + visits - 1 - block : block - first;
-      Step step{row, head, slot0 + query_block, visit << Step::kRank};
-      if (visit == visits - 1) step.flags |= Step::kLastVisit;
-      for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
-        const int begin = key + piece * kWarpgroupRows;
-        if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
+    for (int head = first_head; head < first_head + heads; ++head) {
+      const int slot0 =
+          first_slot(call_.query_blocks, batch, head, static_cast<int>(p_.heads), call_.query_blocks_per_head);
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i) {
+        // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
+        // each follows its predecessor at a distance.
+        const int query_block = first_block + (last_first ? i : blocks - 1 - i);
+        const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
+        const auto visible = band.any(row, row_end), every = band.every(row, row_end);
+        const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
+        const int visit = last_first ? first + visits - 1 - block : block - first;
+        Step step{row, head, slot0 + query_block, visit << Step::kRank};
+        if (visit == visits - 1) step.flags |= Step::kLastVisit;
+        for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
+          const int begin = key + piece * kWarpgroupRows;
+          if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
+        }
+        load_rows(keys, step);
+        if (head == first_head && i == 0) load_v(keys);
       }
-      load_rows(keys, step);
-      if (i == 0) load_v(keys);
     }
   }
 

@@ -71,7 +71,7 @@ __device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1
         write);
 }
 
-// dK and dV of keys that several query heads share: f(partial), where those of the block lie, in this head's turn.
+// dK and dV of keys that several query heads share: f(partial), where those of the block lie, in this task's turn.
 // Warps need not wait for each other: each has turns of its own, for what its own lanes add.
 template <class Config, class F>
 __device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, F&& f) {
