@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o 
 
 .PHONY: help
 help:
-	@echo "make demo | test | test-sanitize | lint | bench | tables | wheel | clean      (CONTRIBUTING.md says more)"
+	@echo "make demo | test | test-sanitize | lint | docs | bench | tables | wheel | clean      (CONTRIBUTING.md says more)"
 
 .PHONY: environment
 environment:
@@ -37,7 +37,7 @@ demo: install-demo
 	$(PYTHON) -m flash_attn_ext demo
 
 .PHONY: test
-test: install-test,demo,transformers
+test: install-test,demo,transformers,docs
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not slow"
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
@@ -59,6 +59,11 @@ lint: install-lint
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(dir $(PYTHON))clang-format --dry-run -Werror $(CXX_SOURCES)
+
+.PHONY: docs
+docs: install-docs,transformers
+	$(PYTHON) -m sphinx -W --keep-going -n -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 .PHONY: bench
 bench: install-demo

@@ -21,6 +21,7 @@ from typing import Any
 import machine
 import torch
 from candidates import CANDIDATES, Candidate, usual_candidates
+from longest import measure_longest
 from measure import DeviceLostError, Setup, device_lost, measure_memory, measure_time
 from package_candidates import take_fa3_from
 from suites import SUITES, Case
@@ -95,13 +96,15 @@ class ResultFile:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line per record: medians in ms, or extra MiB in the memory suite, of those who computed it; ours first."""
+    """One line per record: medians in ms, or what suites about memory measure, of those who computed it; ours first."""
     columns = []
     for name, result in record["candidates"].items():
         if "unsupported" in result:
             continue
         if "extra_mib" in result:
             text = f"{result['extra_mib']:.1f} MiB"
+        elif "limit_mib" in result:
+            text = f"{result['seqlen']} in {result['mib']:.0f} MiB and {result['seconds']:.0f} s"
         else:
             text = " + ".join(f"{result[d]['ms'][1]:.3g}" for d in ("forward", "backward") if d in result) + " ms"
         columns.append(f"{name} {text}")
@@ -159,6 +162,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def measure(cell: Cell, candidates: list[Candidate], setup: Setup, lost: dict[str, str]) -> dict[str, Any]:
     suite = SUITES[setup.device][cell.suite]
+    if suite.limit_mib is not None:
+        return measure_longest(cell.case, suite.limit_mib, candidates, setup, lost)
     if suite.measures_memory:
         return measure_memory(cell.case, candidates, setup, lost)
     return measure_time(cell.case, suite, candidates, setup, lost)

@@ -83,6 +83,7 @@ class Suite:
     directions: tuple[str, ...] = DIRECTIONS
     dtypes: tuple[str, ...] = ("bfloat16",)  # those that are measured where none are asked for
     measures_memory: bool = False  # peak memory of forward + backward instead of time
+    limit_mib: float | None = None  # instead, the longest sequence whose forward + backward stays within this
 
 
 def self_attention(heads: int, seqlen: int, head_dim: int, batch: int = 1) -> Case:
@@ -120,6 +121,7 @@ CPU_SUITES = {
         dtypes=CPU_DTYPES,
         measures_memory=True,
     ),
+    "longest": Suite((replace(self_attention(8, 1024, 64), causal=True),), dtypes=CPU_DTYPES, limit_mib=1024),
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, benchmarks/README.md and docs/kernels.md from the result files, between markers.
+"""Writes the tables of README.md, benchmarks/README.md and pages of docs from the result files, between markers.
 
     python benchmarks/tables.py            # or: make tables
 
@@ -18,7 +18,11 @@ from suites import DIRECTIONS, GPU_SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("kernels", "numerics", "training")),
+)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 EMPTY = "Nothing was measured yet."
@@ -188,6 +192,26 @@ def memory(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def longest(results: Path) -> str:
+    """The longest sequence of which forward and backward stay within the limit."""
+    blocks = []
+    for environment, records, _ in load(results, "longest"):
+        titles, rows = measured(records), []
+        for record in records:
+            entries = [record["candidates"].get(candidate, {}) for candidate in titles]
+            name = re.sub(r" S\d+", "", record["name"])  # the length is the result
+            rows.append([name, record["case"]["dtype"], str(record["threads"]), *map(longest_run, entries)])
+        blocks.append(heading(environment) + "\n\n" + table(["case", "dtype", "threads", *titles.values()], rows))
+    return "\n\n".join(blocks)
+
+
+def longest_run(entry: Record) -> str:
+    if "limit_mib" not in entry:
+        return "-"
+    more = "more than " if entry["stopped"] == "time" else ""
+    return f"{more}{entry['seqlen']} ({entry['mib']:.0f} MiB)"
+
+
 def error_table(records: list[Record]) -> str:
     tensors = ("out", "dq", "dk", "dv")
     rows = []
@@ -290,9 +314,31 @@ def plots(results: Path) -> str:
     return "\n\n".join(links)
 
 
+def error_plots(results: Path) -> str:
+    """The plots of errors that plot.py drew for each machine, seen from docs."""
+    links = []
+    for suite in ("prefill", "attention"):
+        for environment, _, path in load(results, suite):
+            links.append(f"![error on {machine_name(environment)}](plots/{path.parent.name}-error.png)")
+    return "\n\n".join(links)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     made.__name__: made
-    for made in (speedup, speed, one_token, memory, error, gpu_speedup, gpu_speed, gpu_error, tried, plots)
+    for made in (
+        speedup,
+        speed,
+        one_token,
+        memory,
+        longest,
+        error,
+        gpu_speedup,
+        gpu_speed,
+        gpu_error,
+        tried,
+        plots,
+        error_plots,
+    )
 }
 
 

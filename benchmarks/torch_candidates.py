@@ -80,8 +80,8 @@ class SDPA(Candidate):
     def attention(self, case: Case, inputs: Inputs) -> Attention:
         constant = inputs.mask
         is_causal = case.causal and case.window is None and case.seqlen_q == case.seqlen_k
-        allowed = visible(case, inputs.q.device.type)
-        if allowed is not None and not is_causal:
+        allowed = None if is_causal else visible(case, inputs.q.device.type)
+        if allowed is not None:
             constant = inputs.q.new_zeros(allowed.shape).masked_fill(~allowed, -math.inf)[None, None]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

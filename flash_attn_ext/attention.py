@@ -45,7 +45,7 @@ def attention(
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Any:
-    """Exact attention, softmax(scores) v, without the matrix of scores in memory (FlashAttention, arXiv 2205.14135).
+    """Exact attention, softmax(scores) v, without the matrix of scores in memory (FlashAttention, arXiv 2205.14135)::
 
         score = softcap tanh(softmax_scale q.k / softcap) - slope |i + shift - j| + bias,   shift = seqlen_k - seqlen_q
 
@@ -127,7 +127,7 @@ def attention_varlen(
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Any:
-    """`attention` over packed sequences of different lengths, without padding.
+    """`attention` over packed sequences of different lengths, without padding. What is not listed is as there.
 
     Args:
         q: (total_q, heads, head_dim): the sequences one after the other.
@@ -139,7 +139,6 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: hints, lengths that no sequence exceeds. Never needed.
         bias, mask: the last two dimensions count rows and keys from the start of each sequence; they are 1 or at
             least as long as the longest sequence.
-        The other arguments are those of `attention`.
 
     Returns:
         out: (total_q, heads, head_dim_v), q's dtype; differentiable.
@@ -183,8 +182,9 @@ def attention_varlen(
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Joins the attention of the same queries over two sets of keys into the attention over both.
 
-    The block formula of online softmax (arXiv 1805.02867, section 3.1), on normalised results:
-    lse = log(e^lse_a + e^lse_b), out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b.
+    The block formula of online softmax (arXiv 1805.02867, section 3.1), on normalised results::
+
+        lse = log(e^lse_a + e^lse_b),   out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
 
     Args:
         out_a, out_b: (batch, seqlen_q, heads, head_dim) or packed (total_q, heads, head_dim), one dtype.
@@ -192,7 +192,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
             nothing.
 
     Returns:
-        (out, lse) in the same shapes and dtypes; differentiable.
+        out, lse: in the same shapes and dtypes; differentiable.
 
     Raises:
         InputError: a ValueError and TypeError that lists every unmet constraint.
@@ -211,7 +211,7 @@ def softmax(x: Tensor) -> Tensor:
         x: (..., n), float64, float32, bfloat16 or float16. A row of -inf gives NaN, as torch.softmax does.
 
     Returns:
-        The same shape and dtype; twice differentiable.
+        The same shape and dtype; differentiable.
 
     Raises:
         InputError: a ValueError and TypeError that lists every unmet constraint.

@@ -1,8 +1,8 @@
 """Gradients, forward mode and vmap of the ops.
 
 Each op has one autograd.Function. The public functions apply it directly: with forward and setup_context apart it works
-under torch.func, and it costs less per call than a registered formula. Its static methods are registered for the raw
-op too, so that whoever calls torch.ops.flash_attn_ext.forward can train as well.
+under torch.func, and it costs less per call than a registered formula. The raw ops have it too, so that whoever calls
+torch.ops.flash_attn_ext.forward can train as well.
 
 Kernels compute results and gradients; derivatives beyond are in derivatives.py.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import Function, forward_ad
 
 from . import batching, derivatives, reference
@@ -306,8 +307,43 @@ class _RawAttention(Attention):
     """For those who call the op forward itself, which has no argument `deterministic`: its backward always is."""
 
     @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _call(ops.forward.default, *args)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         Attention.setup_context(ctx, (*inputs, True), output)
+
+
+def _autograd_kernel(op: Any, function: type[Function]) -> Callable[..., Any]:
+    """What runs for the raw op before its kernel.
+
+    torch.library.register_autograd would put the same formula there alone, which is of gradients only: it lets
+    tangents fall without a word.
+    """
+    gradients_only = make_autograd_impl(op.default, Info(function.backward, function.setup_context))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if not _any_tangent(args):
+            return gradients_only(keyset, *args)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.ops.{op}: torch.func's forward mode (jvp, jacfwd, hessian) does not reach through the op; "
+                "call the functions of flash_attn_ext, or use dual numbers (torch.autograd.forward_ad)"
+            )
+        return function.apply(*args)
+
+    return kernel
+
+
+def _any_tangent(args: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    floating = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in floating)
+
+
+_library = torch.library.Library("flash_attn_ext", "FRAGMENT")
 
 
 def _register() -> None:
@@ -319,7 +355,7 @@ def _register() -> None:
         (ops.softmax, Softmax, batching.softmax),
         (ops.softmax_backward, SoftmaxBackward, batching.softmax),
     ):
-        torch.library.register_autograd(op.default, function.backward, setup_context=function.setup_context)
+        _library.impl(op.default, _autograd_kernel(op, function), "Autograd", with_keyset=True)
         torch.library.register_vmap(op.default, partial(rule, op))
 
 

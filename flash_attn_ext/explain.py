@@ -19,10 +19,11 @@ class Explanation:
     """What `explain` found; str() of it reads well."""
 
     backend: str | None
-    """The backend that takes the call; None: all decline, and the call would raise."""
+    """The backend that takes the call; None where all decline, and the call would raise."""
     kernel: str | None
     """Its forward kernel, with instruction set and tiles."""
     backward_kernel: str | None
+    """Its backward kernel."""
     declined: dict[str, tuple[str, ...]]
     """For every other backend that is loaded, in dispatch order, why it is not the one."""
 
@@ -58,11 +59,13 @@ def explain(
     device: str | None = None,
 ) -> Explanation:
     """Which backend and kernel the same call of `attention` (with cu_seqlens_q: `attention_varlen`) takes, and why the
-    others decline. Nothing is computed; the tensors may be meta tensors.
+    others decline. Nothing is computed; the tensors may be meta tensors. What is not listed is as in those functions.
 
     Args:
         device: "cpu" or "cuda"; None: q's, and the CPU for a meta tensor.
-        The other arguments are those of `attention` and `attention_varlen`.
+
+    Returns:
+        An `Explanation`.
 
     Raises:
         InputError: q, k or v have the wrong number of dimensions or a dtype without kernels, or window_size is wrong.

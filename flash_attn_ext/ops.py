@@ -45,6 +45,7 @@ def _load() -> str:
 cuda_library_status = _load()
 ops = torch.ops.flash_attn_ext
 __version__: str = import_module("._C", __package__).build_info()["version"]
+"""Of the package and of its libraries."""
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ head (arXiv 2305.13245). Row i of seqlen_q lies on the diagonal at key i + shift
 the last row sees the last key.
 
 The error rule. A kernel in a low precision cannot be held to an absolute number: what is right depends on lengths and
-values. It is held to what torch itself loses on the same inputs: with the float64 oracle as the reference,
+values. It is held to what torch itself loses on the same inputs. With the float64 oracle as the reference::
 
     max|kernel - reference|  <=  factor * max|torch - reference|  +  rounding of the dtype,
 
@@ -149,7 +149,7 @@ def _inverse(total: Tensor) -> Tensor:
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Joins the attention of the same rows over two disjoint sets of keys into that over both.
+    """Joins the attention of the same rows over two disjoint sets of keys into that over both::
 
         lse = log(e^lse_a + e^lse_b),    out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
 
@@ -247,7 +247,7 @@ def tiled_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tiled_attention from out and lse alone: arXiv 2205.14135, algorithm 4; 2307.08691, algorithm 2.
 
-    The probabilities are not stored but computed again, a tile at a time, P = e^(scores - lse), and then
+    The probabilities are not stored but computed again, a tile at a time, P = e^(scores - lse), and then::
 
         dV = P^T dO,   dP = dO V^T,   dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,
         delta_i = sum_d dO_id O_id - dlse_i
@@ -411,31 +411,30 @@ def attention(
     window: Window | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scores) v with every option of the public `attention`, written out: arXiv 1706.03762, equation 1.
+    """softmax(scores) v with every option of the public `attention`, written out: arXiv 1706.03762, equation 1::
 
         score = softcap tanh(scale q.k / softcap)                arXiv 2408.00118, section 2 (softcap 0: scale q.k)
               - slope |i + shift - j|                            ALiBi, arXiv 2108.12409, section 3
               + bias                                             -inf hides the key
         P = e^score / (e^sink + sum over the visible keys of e^score),    out = dropout(P) v
 
-    Layout of the module, and per argument:
+    Returns out (batch, seqlen_q, heads, head_dim_v), or (out, lse) with return_lse. A row that sees nothing gives
+    out 0, lse -inf (with a sink: lse = sink) and gradients 0, never NaN. Layout of the module.
 
-    causal, window_size: row i sees i + shift - left <= j <= i + shift + right; -1 is no limit, causal makes right 0.
-    window: (left, right) with None for no limit and any integers, instead of both; right = seqlen_q - seqlen_k is
-        torch's causal order, aligned to the top left.
-    bias, mask: broadcast to (batch, heads, seqlen_q, seqlen_k); mask is bool, True = attend.
-    alibi_slopes: (heads,) or (batch, heads). sinks: (heads,) logits that take a share and have no value.
-    seqused_q, seqused_k: (batch,) rows and keys in use; the diagonal follows them, and what lies beyond is never seen:
-        those rows give out 0, lse -inf, and all gradients there are 0.
-    dropout_p: dropped after the normalisation (lse unchanged) by the bits of rng_state, or by dropout_keep (True =
-        kept, broadcast like mask); what is kept is scaled by 1 / (1 - dropout_p).
-    deterministic: the reference always is; taken so that one set of options serves the public function and this one.
-    dtype: of the computation and of the result. float64 is the oracle. With q.dtype it is torch's own low-precision
-        attention: matrix products in that type, scores and probabilities rounded to it; options given in a wider type
-        stay in it, as torch's promotion has it. lse is at least float32.
-
-    A row that sees nothing gives out 0, lse -inf (with a sink: lse = sink) and gradients 0, never NaN.
-    Returns out (batch, seqlen_q, heads, head_dim_v), or (out, lse) with return_lse.
+    Args:
+        causal, window_size: row i sees i + shift - left <= j <= i + shift + right; -1 is no limit, causal: right 0.
+        window: (left, right) with None for no limit and any integers, instead of both; right = seqlen_q - seqlen_k is
+            torch's causal order, aligned to the top left.
+        bias, mask: broadcast to (batch, heads, seqlen_q, seqlen_k); mask is bool, True = attend.
+        alibi_slopes: (heads,) or (batch, heads).
+        sinks: (heads,) logits that take a share and have no value.
+        seqused_q, seqused_k: (batch,) rows and keys in use; the diagonal follows them, and what lies beyond is never
+            seen: those rows give out 0, lse -inf, and all gradients there are 0.
+        dropout_p: dropped after the normalisation (lse unchanged) by the bits of rng_state, or by dropout_keep (True =
+            kept, broadcast like mask); what is kept is scaled by 1 / (1 - dropout_p).
+        deterministic: taken so that one set of options serves the public function and this one, which always is.
+        dtype: of computation and result. float64 is the oracle. With q.dtype it is torch's own attention in that type:
+            products, scores and probabilities rounded to it; wider options promote as in torch. lse: float32 or more.
     """
     del deterministic
     batch, seqlen_q, heads, _ = q.shape
@@ -576,7 +575,7 @@ def _at_least(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def error_bound(reference: Tensor, low_precision: Tensor, dtype: torch.dtype, factor: float = 2.0) -> float:
-    """The largest error that the rule at the top of this module allows a kernel whose results are in dtype.
+    """The largest error that the rule at the top of this module allows a kernel whose results are in dtype::
 
         factor * max|low_precision - reference|  +  2 * max|(r + 0.3 - 0.3) - r|,   r = reference rounded to dtype
 

@@ -401,7 +401,8 @@ def test_explain_says_why_nobody_takes_a_call() -> None:
     found = flash_attn_ext.explain(q.float(), k.float(), v.float(), device="cuda")
     if not torch.cuda.is_available():
         assert found.backend is found.kernel is None
-        assert str(found).startswith("no backend takes this call\ncpu declines: it runs on CPU tensors")
+        declined = "cpu declines: it runs on CPU tensors, the tensors are on CUDA"
+        assert str(found).startswith(f"no backend takes this call\n{declined}")
 
 
 def test_backends_limits_and_restores() -> None:

@@ -141,6 +141,23 @@ def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:
     check(case.but(bias="b11k", sinks=True, values="growing"), device)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, seqlen_q=1100, seqlen_k=140, heads=3, heads_kv=1, head_dim=64),
+        Case(batch=1, seqlen_q=530, seqlen_k=270, heads=8, heads_kv=4, head_dim=128, window_right=0),
+        Case(
+            lengths_q=(700, 40, 0, 520), lengths_k=(150, 40, 9, 300), heads=4, heads_kv=2, head_dim=128, window_left=90
+        ),
+        Case(batch=1, seqlen_q=530, seqlen_k=130, heads=4, heads_kv=2, head_dim=256, sinks=True),
+    ],
+    ids=str,
+)
+def test_many_rows_of_heads_that_share_keys(device: str, dtype: torch.dtype, case: Case) -> None:
+    """So many that some kernels have tasks of their own for each head; fewer in some sequences."""
+    check(case.but(dtype=dtype), device)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize(
     "case",

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
 import candidates  # noqa: E402
+import longest  # noqa: E402
 import measure  # noqa: E402
 import package_candidates  # noqa: E402
 import run  # noqa: E402
@@ -279,7 +280,8 @@ def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
     assert set(plot.COLOURS) == set(tables.TITLES) == set(candidates.CANDIDATES)
     plot.main(tmp_path, tmp_path / "plots")
     drawn = {f"docs/plots/{image.name}" for image in tmp_path.glob("plots/*.png")}
-    assert all(link.split("(")[-1].rstrip(")") in drawn for link in tables.plots(tmp_path).split("\n\n"))
+    links = tables.plots(tmp_path) + "\n\n" + tables.error_plots(tmp_path).replace("(plots", "(docs/plots")
+    assert all(link.split("(")[-1].rstrip(")") in drawn for link in links.split("\n\n"))
 
 
 @pytest.mark.usefixtures("tiny_suites")
@@ -339,6 +341,50 @@ def test_a_lost_device_costs_one_candidate_of_one_cell(tmp_path: Path, monkeypat
     assert record["candidates"]["breaks"] == {"unsupported": "RuntimeError: illegal memory access"}
     assert record["candidates"]["flash_attn_ext"]["forward"]["gflops"] > 0
     assert not content["lost"]
+
+
+def test_the_longest_sequence_is_found_and_run() -> None:
+    """On candidates whose memory and time are known: linear with a constant, quadratic, slow, and with a step."""
+    ran: list[int] = []
+
+    def grows(mib: Any, seconds: float = 0.0) -> Any:
+        def measured(seqlen: int) -> longest.Run:
+            ran.append(seqlen)
+            return longest.Run(seqlen, mib(seqlen), seconds * seqlen**2)
+
+        return measured
+
+    def search(*candidate: Any) -> tuple[int, str]:
+        ran.clear()
+        run, stopped = longest.search(grows(*candidate), 1000.0, most_seconds=100.0)
+        assert run.seqlen in ran
+        return run.seqlen, stopped
+
+    assert search(lambda n: 5 + n / 64) == (57344, "memory")
+    assert search(lambda n: n**2 / 1e4) == (3072, "memory")
+    assert search(lambda n: n / 64, 1e-6) == (8192, "time")
+    assert search(lambda n: n / 64 + 300 * (n > 48000)) == (40960, "memory")
+    assert 65536 not in ran  # too large by what the run before had shown
+    with pytest.raises(ValueError, match="limit_mib must be more than a sequence of 2048 takes"):
+        search(lambda n: n)
+
+
+@pytest.mark.usefixtures("tiny_suites")
+def test_the_longest_sequences_are_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run.SUITES["cpu"], "longest", Suite((replace(TINY, causal=True),), limit_mib=100.0))
+
+    def run_in_fresh_process(name: str, case: Case, setup: Any, seqlen: int) -> longest.Run:
+        return longest.Run(seqlen, seqlen / (32 if name == "softmax" else 64), 2.0)
+
+    monkeypatch.setattr(longest, "run_in_fresh_process", run_in_fresh_process)
+    files = run_tiny(tmp_path, "--suite", "longest", "--dtypes", "float32", "--candidates", "flash_attn_ext,softmax")
+    (record,) = files["longest"]["records"]
+    sizes = {"seqlen": 3072, "mib": 96.0, "seconds": 2.0}
+    assert record["candidates"]["softmax"] == {**sizes, "limit_mib": 100.0, "stopped": "memory"}
+    row = "| B2 H4 D16 causal | float32 | 1 | 6144 (96 MiB) | 3072 (96 MiB) |"
+    assert row in tables.longest(tmp_path)
+    record["candidates"]["softmax"]["stopped"] = "time"
+    assert tables.longest_run(record["candidates"]["softmax"]) == "more than 3072 (96 MiB)"
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,22 +146,28 @@ def test_tile_schedule_covers_every_tile_once() -> None:
 def test_grid_schedule_covers_every_tile_once() -> None:
     rng = random.Random(9)
     for problem in range(PROBLEMS):
-        batch, heads, block_rows = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 16)
+        batch, block_rows, run = rng.randint(1, 4), rng.randint(1, 16), rng.randint(1, 3)
+        heads = run * rng.randint(1, 5)
         lengths = [rng.randint(0, 40) for _ in range(batch)] if problem % 2 else [rng.randint(0, 40)] * batch
         starts = [sum(lengths[:b]) for b in range(batch + 1)]
         packed = starts if problem % 2 else []
-        group, order = rng.randint(1, 7), rng.choice(("first", "last", "alternate"))
-        tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, order)
+        group, order = rng.randint(1, 7), rng.choice(("first", "last", "turns"))
+        tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, order, run)
         # Numbers of a packed schedule that lie past a sequence's end are passed over by kernels.
         tiles = [tuple(tile) for tile in tiles if 0 <= tile[2] < math.ceil(lengths[tile[0]] / block_rows)]
         expected = {(b, h, r) for b in range(batch) for h in range(heads) for r in range(-(-lengths[b] // block_rows))}
         assert len(tiles) == len(expected)
         assert set(tiles) == expected
-        # What takes turns relies on it: a head's blocks come in order.
+        # What takes turns relies on it: a head's blocks come in order,
         for b, h in {tile[:2] for tile in tiles}:
             blocks = [tile[2] for tile in tiles if tile[:2] == (b, h)]
-            last_first = h % 2 == 0 and heads % 2 == 0 if order == "alternate" else order == "last"
+            alternates = heads % (2 * run) == 0
+            last_first = h // run % 2 == 0 and alternates if order == "turns" else order == "last"
             assert blocks == sorted(blocks, reverse=last_first)
+        # and so do the heads of a run that share keys.
+        for b, first, r in {(b, h // run * run, r) for b, h, r in tiles}:
+            sharing = [h for h in (tile[1] for tile in tiles if tile[::2] == (b, r)) if h // run * run == first]
+            assert sharing == sorted(sharing)
 
 
 def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:
@@ -169,7 +175,7 @@ def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:
     for _ in range(PROBLEMS):
         batch = rng.randint(1, 5)
         starts = [rng.randint(-50, 300) for _ in range(batch + 1)]
-        for b, h, _ in core.grid_schedule(batch, 2, 0, 16, starts, 200, 1, rng.choice(("first", "alternate"))):
+        for b, h, _ in core.grid_schedule(batch, 2, 0, 16, starts, 200, 1, rng.choice(("first", "turns"))):
             assert 0 <= b < batch
             assert 0 <= h < 2
 

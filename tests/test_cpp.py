@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from flash_attn_ext import MultiheadAttention, attention, attention_varlen
+from flash_attn_ext import MultiheadAttention, attention, attention_varlen, merge, softmax
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which(os.environ.get("CXX", "c++"))
@@ -135,6 +135,32 @@ def test_dropout_errors_and_second_derivatives() -> None:
         (gradient,) = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="no gradient of the gradient"):
             gradient.sum().backward()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.usefixtures("_api")
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_and_softmax_are_pythons(packed: bool) -> None:
+    tensors = [normal(2, 7, 4, 6), normal(2, 4, 7, seed=1), normal(2, 7, 4, 6, seed=2), normal(2, 4, 7, seed=3)]
+    tensors[1][0, 0, :3] = -torch.inf  # rows that saw nothing there
+    tensors = [x[0] for x in tensors] if packed else tensors
+    for cpp, python in ((torch.ops.flash_attn_ext_cpp.merge, merge), (torch.ops.flash_attn_ext_cpp.softmax, softmax)):
+        results, seconds = [], []
+        for function in (cpp, python):
+            leaves = [x.clone().requires_grad_() for x in (tensors if python is merge else tensors[:1])]
+            found = function(*leaves)
+            found = found if isinstance(found, tuple) else (found,)
+            gradients = torch.autograd.grad(sum(x.sin().sum() for x in found), leaves, create_graph=True)
+            results.append([*found, *gradients])
+            seconds.append(gradients[0].sum())
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+        with pytest.raises(RuntimeError, match="no gradient of the gradient"):
+            seconds[0].backward()
+        seconds[1].backward()
+    with pytest.raises(RuntimeError, match="lse_b must be float64 of shape"):
+        torch.ops.flash_attn_ext_cpp.merge(*tensors[:3], tensors[3][..., :2])
 
 
 # ---- The examples ---------------------------------------------------------------------------------------------------

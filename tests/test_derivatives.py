@@ -124,6 +124,28 @@ def test_forward_ad_of_autograd() -> None:
     torch.testing.assert_close(along, torch.func.jvp(exact, (q,), (direction,))[1], **CLOSE)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_raw_ops_have_forward_mode(requires_grad: bool) -> None:
+    """Called by themselves they carry tangents as the functions do; torch.func, which cannot, hears that."""
+    q, direction, stats = normal(2, 5, 4, 8), normal(2, 5, 4, 8, seed=1), normal(2, 4, 5, seed=2)
+    ops, no_options = torch.ops.flash_attn_ext, (*(None,) * 13, 8**-0.5, 0.0, 0.0, False)
+    pairs: list[tuple[Callable[..., object], Callable[..., object]]] = [
+        (lambda x: ops.forward(x, x, x, *no_options)[0], lambda x: attention(x, x, x)),
+        (lambda x: ops.merge(x, stats, 2 * x, stats + 1)[0], lambda x: merge(x, stats, 2 * x, stats + 1)[0]),
+        (ops.softmax, softmax),
+    ]
+    for raw, function in pairs:
+        tangents = []
+        for called in (raw, function):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(q.clone().requires_grad_(requires_grad), direction)
+                tangents.append(forward_ad.unpack_dual(called(dual)).tangent)
+        assert tangents[1].any()
+        assert torch.equal(*tangents)
+        with pytest.raises(RuntimeError, match="does not reach through the op; call the functions"):
+            torch.func.jvp(raw, (q,), (direction,))
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_maps_of_directional_derivatives(order: int) -> None:
     """vmap, nested and over any dimension, of jvp and of jvp of grad."""

@@ -67,7 +67,7 @@ def names_that_keep_their_bits(request: pytest.FixtureRequest) -> tuple[str, ...
         Case(batch=3, seqlen_q=70, seqlen_k=150, window_right=0, softcap=3.0, bias="bhqk", sinks=True),
         Case(batch=3, seqlen_q=1, seqlen_k=1500, head_dim=64),
         Case(batch=3, seqlen_q=300, seqlen_k=300, head_dim=64, alibi="bh", mask="b11k"),
-        Case(batch=3, seqlen_q=300, seqlen_k=300, heads=4, heads_kv=2, head_dim=128, window_right=0),
+        Case(batch=3, seqlen_q=520, seqlen_k=300, heads=4, heads_kv=2, head_dim=128, window_right=0),
     ],
     ids=str,
 )
@@ -92,7 +92,7 @@ def test_packing_invariance(
     device: str, dtype: torch.dtype, head_dim: int, window_right: int | None, request: pytest.FixtureRequest
 ) -> None:
     """A sequence has the same bits alone as packed between others."""
-    lengths = (33, 300, 190)
+    lengths = (33, 520, 190)
     case = Case(
         lengths_q=lengths,
         lengths_k=lengths,

@@ -7,7 +7,6 @@ eager attention does not go through float32, below 1e-11.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from flash_attn_ext.integrations.masks import Band
 
 fa_ext.register()
 
-PAGE = Path(__file__).parents[1] / "docs" / "transformers.md"
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB = 99
 SEQLEN = 13
@@ -443,13 +441,6 @@ def test_is_asked_for_when_loading(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=fa_ext.NAME)
     assert model.config._attn_implementation == fa_ext.NAME
     assert_same(model, {"input_ids": token_ids(2, SEQLEN)})
-
-
-def test_documentation_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})
 
 
 @pytest.mark.gpu

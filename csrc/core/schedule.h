@@ -67,17 +67,19 @@ struct PackedBlocks {
 // division of 64 takes a GPU longer than a small tile.
 struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them do not launch
-  uint32_t pairs = 0, heads = 0, blocks = 0, group = 1;
+  uint32_t heads = 0, blocks = 0;
+  uint32_t run = 1;  // heads that share something; all tiles of a group's first heads come before its second's
+  uint32_t pairs = 0, group = 1;  // of batch and run of heads
   bool last_first = false;
-  bool alternate = false;  // groups of even heads, last block first, and of odd heads, first block first, take turns
+  bool alternate = false;  // groups of even runs, last block first, and of odd runs, first block first, take turns
   PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
                           int64_t total)
       : tasks(batch * heads_ * ceil_div(seqlen, block_rows)),
-        pairs(static_cast<uint32_t>(batch * heads_)),
         heads(static_cast<uint32_t>(heads_)),
-        blocks(static_cast<uint32_t>(ceil_div(seqlen, block_rows))) {
+        blocks(static_cast<uint32_t>(ceil_div(seqlen, block_rows))),
+        pairs(static_cast<uint32_t>(batch * heads_)) {
     if (!cu_seqlens) return;
     packed = PackedBlocks(cu_seqlens, batch, total, block_rows);
     pairs = heads;
@@ -87,24 +89,33 @@ struct GridSchedule {
   FAE_INLINE void group_pairs(int64_t count) {
     group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
   }
-  // A head's order follows from its number alone, so that its results do not depend on what else there is. Where heads
-  // cannot be paired, all have their first block first.
-  FAE_INLINE void alternate_heads() {
-    alternate = heads % 2 == 0;
+  // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; `count`
+  // pairs go together. The order of both follows from the head's number alone, so that its results do not depend on
+  // what else there is. Where runs cannot be paired, all have their first block first.
+  FAE_INLINE void take_turns(int64_t run_, int64_t count) {
+    run = static_cast<uint32_t>(run_);
+    pairs /= run;
+    alternate = heads / run % 2 == 0;
+    group_pairs(count);
     if (alternate && group > pairs / 2) group = pairs / 2;
   }
   FAE_INLINE int64_t size() const { return tasks; }
-  FAE_INLINE bool is_last_first(int64_t head) const { return alternate ? head % 2 == 0 : last_first; }
+  FAE_INLINE bool is_last_first(int64_t head) const {
+    return alternate ? static_cast<uint32_t>(head) / run % 2 == 0 : last_first;
+  }
 
   FAE_INLINE Tile operator[](uint32_t index) const {
-    // With alternate heads, a group of even ones is followed by one of as many odd ones.
-    const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * blocks;
+    // With alternate runs, a group of even ones is followed by one of as many odd ones.
+    const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * run * blocks;
     const uint32_t first = index / whole * group, in_group = all - first < group ? all - first : group;
     uint32_t rest = index % whole;
-    const uint32_t parity = rest / (in_group * blocks);
-    rest -= parity * in_group * blocks;
-    const uint32_t number = rest / in_group, member = first + (rest - number * in_group), per_batch = heads / parities;
-    const uint32_t batch = member / per_batch, head = (member - batch * per_batch) * parities + parity;
+    const uint32_t parity = rest / (in_group * run * blocks);
+    rest -= parity * in_group * run * blocks;
+    const uint32_t in_run = run == 1 ? 0 : rest / (in_group * blocks);
+    rest -= in_run * in_group * blocks;
+    const uint32_t number = rest / in_group, member = first + (rest - number * in_group);
+    const uint32_t per_batch = heads / run / parities, batch = member / per_batch;
+    const uint32_t head = ((member - batch * per_batch) * parities + parity) * run + in_run;
     const uint32_t block = is_last_first(head) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
       Tile tile = packed[static_cast<int32_t>(block)];

@@ -10,14 +10,16 @@ namespace fae::cuda {
 struct BackwardSpace {
   int64_t query_blocks, heads;  // per head; heads, of all sequences where tensors are not packed
   StatsView delta;
-  int* counters;  // the ticket (64 bits), then the visitors that are done with each query block
+  int* counters;  // the ticket (64 bits), then the visitors that are done with each query block, then others
   int64_t counter_count;
   int32_t *cu_seqlens_q, *cu_seqlens_k;
   float* dq_partial;  // of every query block, unless one block has all keys: then dQ never leaves registers unfinished
   size_t bytes = 0;
 
-  // partial_floats: of the dQ of one query block. With a null `base`, only `bytes` means anything.
-  BackwardSpace(const BackwardProblem& p, void* base, int block_rows, int block_keys, int64_t partial_floats)
+  // partial_floats: of the dQ of one query block. other_counters: that begin at zero, too. With a null `base`, only
+  // `bytes` means anything.
+  BackwardSpace(const BackwardProblem& p, void* base, int block_rows, int block_keys, int64_t partial_floats,
+                int64_t other_counters = 0)
       : base_(base) {
     const bool packed = p.cu_seqlens_q != nullptr;
     const PackedBlocks blocks(p.cu_seqlens_q, p.batch, p.total_q, block_rows);
@@ -27,7 +29,7 @@ struct BackwardSpace {
     delta.data = take<float>(heads * rows);
     delta.stride_batch = packed ? 0 : p.heads * rows;
     delta.stride_head = rows;
-    counter_count = 2 + heads * query_blocks;
+    counter_count = 2 + heads * query_blocks + other_counters;
     counters = take<int>(counter_count);
     cu_seqlens_q = packed ? take<int32_t>(p.batch + 1) : nullptr;
     cu_seqlens_k = packed ? take<int32_t>(p.batch + 1) : nullptr;
@@ -37,6 +39,7 @@ struct BackwardSpace {
 
   unsigned long long* ticket() const { return reinterpret_cast<unsigned long long*>(counters); }
   int* turns() const { return counters + 2; }
+  int* others() const { return turns() + heads * query_blocks; }
 
   // The next `count` elements.
   template <class E>

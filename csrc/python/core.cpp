@@ -58,20 +58,19 @@ void bind_schedule(py::module_& m) {
   m.def(
       "grid_schedule",
       [](int64_t batch, int64_t heads, int64_t seqlen, int64_t block_rows, const std::vector<int32_t>& cu_seqlens,
-         int64_t total, int64_t group, const std::string& order) {
+         int64_t total, int64_t group, const std::string& order, int64_t run) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
-        schedule.group_pairs(group);
         schedule.last_first = order == "last";
-        if (order == "alternate") schedule.alternate_heads();
+        order == "turns" ? schedule.take_turns(run, group) : schedule.group_pairs(group);
         std::vector<std::array<int64_t, 3>> tiles;
         for (int64_t i = 0; i < schedule.size(); ++i)
           tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
         return tiles;
       },
-      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "order"_a,
+      "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "order"_a, "run"_a = 1,
       "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty. order: 'first' or "
-      "'last' block of a head first, or 'alternate'.");
+      "'last' block of a head first, or what 'turns' of runs of `run` heads need.");
 }
 
 void bind_dropout(py::module_& m) {

@@ -415,8 +415,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group_pairs(ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
-  schedule.alternate_heads();
+  schedule.take_turns(1, ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
                           schedule,

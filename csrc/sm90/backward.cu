@@ -9,10 +9,11 @@
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
-// Thread blocks stay and take one block of keys after the other. Each of two warpgroups has 64 of the keys, with their
-// dK and dV in registers, and meets the query blocks that see them one by one ("steps"). Scores are computed
-// transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the registers that they come in, and dS
-// passes through shared memory for dQ only. (Head dims beyond 128 leave no registers for that: backward_wide.h.)
+// Thread blocks stay and take one task after the other, a block of keys for a query head or several. Each of two
+// warpgroups has 64 of the keys, with their dK and dV in registers, and meets the query blocks that see them one by one
+// ("steps"). Scores are computed transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the
+// registers that they come in, and dS passes through shared memory for dQ only. (Head dims beyond 128 leave no
+// registers for that: backward_wide.h.)
 //
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.
@@ -281,10 +282,20 @@ class BackwardComputer {
     release(memory_.k_empty());
     if (keys.steps > 0) release(memory_.v_empty());
     const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.band.seqlen_k - begin;
-    sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
-                              static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
-    sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
-                              static_cast<int>(p_.head_dim_v), 1.0f);
+    const int dk_piece = 2 * warpgroup_ * ND, dv_piece = dk_piece + ND;
+    const auto leave_both = [&](float* partial) {
+      leave(partial, dk_piece, dk_, keys.rank());
+      leave(partial, dv_piece, dv_, keys.rank());
+    };
+    const auto write_both = [&](float* partial) {
+      collect(partial, dk_piece, dk_, keys.rank());
+      collect(partial, dv_piece, dv_, keys.rank());
+      sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+                                static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+      sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+                                static_cast<int>(p_.head_dim_v), 1.0f);
+    };
+    visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_both, write_both);
   }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
@@ -330,14 +341,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 template <class Config>
 struct BackwardSpace : cuda::BackwardSpace {
   uint4* statistics;
+  int64_t key_blocks;  // per head
+  float* dkv_partial;  // of every key block that several tasks add to
   void* bias_gradient;
 
   BackwardSpace(const BackwardProblem& p, void* base)
-      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim) {
+      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim, key_counters(p)) {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
+    key_blocks = key_blocks_of(p);
+    dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
     const size_t bias_bytes = p.dbias.data ? sm80::bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
     bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
   }
+
+  static PackedBlocks packed_key_blocks(const BackwardProblem& p) {
+    return PackedBlocks(p.cu_seqlens_k, p.batch, p.total_k, Config::kKeys);
+  }
+
+ private:
+  static int64_t key_blocks_of(const BackwardProblem& p) {
+    return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
+  }
+  static int64_t shared_key_blocks(const BackwardProblem& p) {
+    const bool few_rows = (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q) <= Config::kFewRows;
+    return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
+  }
+  static int64_t key_counters(const BackwardProblem& p) { return shared_key_blocks(p) * 4 * Config::kWarpgroups; }
 };
 
 template <class T, bool kGeneral>
@@ -352,9 +381,9 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
 
   // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
   // together that a key block's slot is free when its successors have begun.
-  GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.group_pairs(ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, schedule.blocks)));
-  schedule.alternate_heads();
+  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
+  schedule.take_turns(p.heads / p.heads_kv,
+                      ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, schedule.blocks)));
 
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
@@ -366,10 +395,14 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       p,
       schedule,
       PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
+      space.packed_key_blocks(p),
       static_cast<int>(space.query_blocks),
+      static_cast<int>(space.key_blocks),
       space.ticket(),
       space.turns(),
       space.dq_partial,
+      space.others(),
+      space.dkv_partial,
       cuda::ScoreConstants(p),
       map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
       map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),

@@ -13,23 +13,31 @@ namespace fae::sm90 {
 // One call: the problem and what the host has worked out about it.
 struct BackwardCall {
   BackwardProblem p;
-  GridSchedule key_blocks;    // (batch, KV head, block of keys)
-  PackedBlocks query_blocks;  // packed tensors
-  int query_blocks_per_head;
-  unsigned long long* ticket;  // of key blocks taken
+  GridSchedule tasks;                     // (batch, query head or first of those that share keys, block of keys)
+  PackedBlocks query_blocks, key_blocks;  // packed tensors
+  int query_blocks_per_head, key_blocks_per_head;
+  unsigned long long* ticket;  // of tasks taken
   int* turns;                  // [head or batch x head][query block]: visitors that are done
   float* dq_partial;           // the same, by a block's sums in the order of the threads that hold them
+  int* key_turns;              // [KV head or batch x KV head][key block][warp]: query heads that are done
+  float* dkv_partial;          // the same by block, as dq_partial
   cuda::ScoreConstants constants;
   TensorMap q, k, v, dout;
   TensorMap statistics;  // cuda/delta.h, RowStatistics
 };
 
-// A block of keys on its way from the loading warp to those that compute.
+// A task, a block of keys for one query head or all that share them, on its way from the loading warp to those that
+// compute.
 struct alignas(16) KeyBlock {
   int batch = 0, head_kv = 0, key_begin = 0, steps = 0;  // batch -1: there are no more
   int q_start = 0, k_start = 0;
   cuda::DeviceBand band = {};
-  int unused[2] = {};
+  int slot = 0;   // of the block's dK and dV
+  int flags = 0;  // kLastHead, and from kRank on the number of query heads before that add to them
+
+  static constexpr int kLastHead = 1, kRank = 1;
+  __device__ int rank() const { return flags >> kRank; }
+  __device__ bool last_head() const { return flags & kLastHead; }
 };
 
 // A query block that meets the keys, and this visit's place among those to the query block's dQ.
@@ -57,13 +65,17 @@ struct BackwardMemory {
   static constexpr int kStepStages = 4;  // a step is looked at once more during the next
   using StepBuffers = NumberedBuffers<kStepStages>;
 
+  // What products read doubled comes first: compute-sanitizer takes them to read as many bytes as others do, and there
+  // have to be as many behind it.
   static constexpr int kKeysBytes = Config::kKeyPieces * K::kBytes, kStatisticsBytes = Config::kRows * 16;
-  static constexpr int kV = kKeysBytes, kQ = 2 * kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
-  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kStatistics = kDS + Config::kStages * kExchangedBytes;
-  static constexpr int kSelectors = kStatistics + Config::kStages * kStatisticsBytes;
-  static constexpr int kKeyBlock = kSelectors + 2 * 128, kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
+  static constexpr int kSelectors = 0, kStatistics = 2 * 128;
+  static constexpr int kKeyBlock = kStatistics + Config::kStages * kStatisticsBytes;
+  static constexpr int kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
   static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
-  static constexpr int kTurns = 5 + 5 * Config::kStages, kBytes = kBarriers + 8 * (kTurns + 2 * kStepStages);
+  static constexpr int kTurns = 5 + 5 * Config::kStages;
+  static constexpr int kK = (kBarriers + 8 * (kTurns + 2 * kStepStages) + 1023) / 1024 * 1024;
+  static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
+  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
   static_assert(kBytes <= 227 * 1024);
   static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
 
@@ -73,7 +85,7 @@ struct BackwardMemory {
   // descriptors, in registers that there are not.
   __device__ __forceinline__ BackwardMemory unknown() const { return {opaque(base)}; }
 
-  __device__ K k(int piece) const { return {base + piece * K::kBytes}; }
+  __device__ K k(int piece) const { return {base + kK + piece * K::kBytes}; }
   __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
   __device__ Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }

@@ -7,7 +7,7 @@
 
 namespace fae::sm90 {
 
-// Takes key blocks and loads K and V, and Q, dO and the statistics of the query blocks that see them.
+// Takes tasks and loads K and V, and Q, dO and the statistics of the query blocks that see them.
 template <class T, class Config>
 class BackwardLoader {
   using Memory = BackwardMemory<T, Config>;
@@ -20,7 +20,7 @@ class BackwardLoader {
   __device__ void run() {
     // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
-    for (unsigned number = take(); number < call_.key_blocks.size(); number = take()) load(call_.key_blocks[number]);
+    for (unsigned number = take(); number < call_.tasks.size(); number = take()) load(call_.tasks[number]);
     publish({.batch = -1});
     wait_rows_empty();
     if (first_) {
@@ -36,31 +36,36 @@ class BackwardLoader {
   }
 
   __device__ void load(const Tile& tile) {
-    const bool last_first = call_.key_blocks.is_last_first(tile.head);
+    const bool last_first = call_.tasks.is_last_first(tile.head);
     const Sequence s = sequence_of(p_, tile.batch);
     if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
-    const int key = block * Config::kKeys, group = static_cast<int>(p_.heads / p_.heads_kv);
+    const int group = static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
     const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
     const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
     const int first_block = rows.begin / Config::kRows;
     const int blocks = rows.empty() ? 0 : ceil_div(rows.end, Config::kRows) - first_block;
+    // Where no query sees the keys, whatever its head, one task writes the zeros.
+    const int first_head = static_cast<int>(tile.head), rank = first_head % group;
+    const int heads = blocks == 0 || s.seqlen_q <= Config::kFewRows ? group : 1;
+    if (heads > 1 && rank > 0) return;
     KeyBlock keys;
     keys.batch = batch;
-    keys.head_kv = static_cast<int>(tile.head);
+    keys.head_kv = first_head / group;
     keys.key_begin = key;
-    keys.steps = group * blocks;
+    keys.steps = heads * blocks;
     keys.q_start = static_cast<int>(s.q_start);
     keys.k_start = static_cast<int>(s.k_start);
     keys.band = band;
+    keys.slot = block + first_slot(call_.key_blocks, batch, keys.head_kv, static_cast<int>(p_.heads_kv),
+                                   call_.key_blocks_per_head);
+    keys.flags = rank << KeyBlock::kRank | (rank + heads == group ? KeyBlock::kLastHead : 0);
     publish(keys);
-    if (blocks == 0) return;
 
-    const int head0 = keys.head_kv * group;
-    const int slot0 = call_.query_blocks.cu_seqlens ? call_.query_blocks.first(batch)
-                                                    : batch * static_cast<int>(p_.heads) * call_.query_blocks_per_head;
 #pragma unroll 1
-    for (int head = head0; head < head0 + group; ++head) {
+    for (int head = first_head; head < first_head + heads; ++head) {
+      const int slot0 =
+          first_slot(call_.query_blocks, batch, head, static_cast<int>(p_.heads), call_.query_blocks_per_head);
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i) {
         // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
@@ -69,17 +74,22 @@ class BackwardLoader {
         const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
         const auto visible = band.any(row, row_end), every = band.every(row, row_end);
         const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
-        const int rank = last_first ? first + visits - 1 - block : block - first;
-        Step step{row, head, slot0 + head * call_.query_blocks_per_head + query_block, rank << Step::kRank};
-        if (rank == visits - 1) step.flags |= Step::kLastVisit;
+        const int visit = last_first ? first + visits - 1 - block : block - first;
+        Step step{row, head, slot0 + query_block, visit << Step::kRank};
+        if (visit == visits - 1) step.flags |= Step::kLastVisit;
         for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
           const int begin = key + piece * kWarpgroupRows;
           if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
         }
         load_rows(keys, step);
-        if (head == head0 && i == 0) load_v(keys);
+        if (head == first_head && i == 0) load_v(keys);
       }
     }
+  }
+
+  // The first slot of a sequence and head.
+  __device__ static int first_slot(const PackedBlocks& packed, int batch, int head, int heads, int blocks_per_head) {
+    return packed.cu_seqlens ? packed.first(batch) + head * blocks_per_head : (batch * heads + head) * blocks_per_head;
   }
 
   __device__ void wait_rows_empty() const {

@@ -54,6 +54,12 @@ struct BackwardBlock {
   static constexpr int kStages = 2;  // of query blocks, and of their dS, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
+  // Rows up to which one task walks through all query heads that share its keys, instead of a task for each of them:
+  // those would wait for each other longer than they save. H200, causal, TFLOP/s with one and with several tasks:
+  // D 64, 1024 rows 310, 267; 4096 rows 368, 413; D 128, 512 rows 215, 197; 1024 rows
+  // 304, 310; D 256, 512 rows (4 heads) 203, 183; 1024 rows 239, 242.
+  static constexpr int kFewRows = kDim == 64 ? 1024 : 512;
+
   static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
   static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
 };

@@ -30,24 +30,25 @@ class Band:
     right: int | None = None
     shift: int = 0
     padding: Tensor | None = None
-    """(batch, seqlen_k) bool: True = a token."""
+    """(batch, seqlen_k) bool, True = a token."""
     starts: Tensor | None = None
-    """(batch, seqlen) bool: where one of several packed sequences starts."""
+    """(batch, seqlen) bool, True where one of several packed sequences starts."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """That of the mask written out."""
         return self.batch, 1, self.seqlen_q, self.seqlen_k
 
     @property
     def window(self) -> tuple[int | None, int | None]:
-        """(left, right) as the ops count them: from the diagonal that ends in the bottom right corner."""
+        """(left, right) as the ops count them, from the diagonal that ends in the bottom right corner."""
         moved = self.shift - (self.seqlen_k - self.seqlen_q)
         left = None if self.left is None else self.left - moved
         return left, None if self.right is None else self.right + moved
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """(sequences + 1,) int32: where the packed sequences start in (batch * seqlen), and the end."""
+        """(sequences + 1,) int32, where the packed sequences start in (batch * seqlen), and the end."""
         assert self.starts is not None
         starts = self.starts.clone()
         starts[:, 0] = True
@@ -56,7 +57,7 @@ class Band:
 
     @cached_property
     def lengths(self) -> Tensor | None:
-        """(batch,) int32: keys per sequence, where the padding is to the right of them; None where it is not."""
+        """(batch,) int32, keys per sequence, where the padding is to the right of them; None where it is not."""
         if self.padding is None:
             return None
         lengths = self.padding.sum(1, dtype=torch.int32)
@@ -104,7 +105,7 @@ class AttentionMask(Tensor):
 
     @property
     def band(self) -> Band | None:
-        """None: not a band; or it was written out, so that code outside may have written into it."""
+        """None where it is not a band, or was written out, so that code outside may have written into it."""
         return self._band if self._dense is None else None
 
     @property

@@ -50,7 +50,7 @@ def swap(model: nn.Module) -> Swapped:
     padded batches into nested tensors in eval mode; swapped ones do not.
 
     Returns:
-        what was swapped, and which modules derived from nn.MultiheadAttention were not, with the reason.
+        What was swapped, and which modules derived from nn.MultiheadAttention were not, with the reason.
     """
     names, left = [], {}
     for name, module in model.named_modules():

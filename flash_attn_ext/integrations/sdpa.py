@@ -42,7 +42,7 @@ class Stats:
     returned: dict[str, int]
     """Calls by name, or of torch's flash kernels, that went back to torch, by reason."""
     kernels: int
-    """Calls of torch's flash kernels, forward and backward, that ran here: what came another way than by name."""
+    """Calls of torch's flash kernels, forward and backward, that ran here, having come another way than by name."""
     traced: int
     """Calls by name that torch.compile or torch.export traced; how often such graphs run is not known here."""
 
@@ -92,7 +92,7 @@ def enable() -> Enabled:
     meanwhile (torch.backends.mha). A torch.nn.attention.sdpa_kernel that excludes FLASH_ATTENTION holds here too.
 
     Returns:
-        a context manager: `with enable(): ...`.
+        A context manager, for `with enable(): ...`.
     """
     with _state.lock:
         was_enabled = _state.enabled

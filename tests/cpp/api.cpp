@@ -35,9 +35,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {result.out, result.lse};
 }
 
+std::tuple<Tensor, Tensor> merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+  const auto result = flash_attn_ext::merge(out_a, lse_a, out_b, lse_b);
+  return {result.out, result.lse};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(flash_attn_ext_cpp, m) {
   m.def("attention", &attention<bool, int64_t, int64_t, std::optional<double>, double, Maybe, Maybe, Maybe, Maybe,
                                 double, Maybe, Maybe>);
+  m.def("merge", &merge);
+  m.def("softmax", &flash_attn_ext::softmax);
 }

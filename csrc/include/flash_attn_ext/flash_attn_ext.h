@@ -15,6 +15,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -95,14 +96,19 @@ using torch::autograd::variable_list;
 // Passes the gradients on. A gradient of them would come out as zero without a word, as the op backward is not
 // differentiated here: this node, which has all that they depend on as its inputs, is in its way.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                               const Tensor&, const MaybeTensor&, const MaybeTensor&, variable_list gradients) {
-    return gradients;
-  }
+  static variable_list forward(AutogradContext*, at::TensorList, const variable_list& gradients) { return gradients; }
   static variable_list backward(AutogradContext*, variable_list) {
     TORCH_CHECK(false, "flash_attn_ext: the C++ API has no gradient of the gradient; the Python package has");
   }
 };
+
+inline variable_list first_derivatives(std::initializer_list<MaybeTensor> depend_on, const variable_list& gradients) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  variable_list inputs;
+  for (const MaybeTensor& x : depend_on)
+    if (x) inputs.push_back(*x);
+  return NoSecondDerivative::apply(at::TensorList(inputs), gradients);
+}
 
 struct Attention : torch::autograd::Function<Attention> {
   // The differentiable ones are parameters of their own, in the order of backward's result.
@@ -166,8 +172,7 @@ struct Attention : torch::autograd::Function<Attention> {
       if (bias_requires_grad) gradients.push_back(dbias);
       if (sinks_require_grad) gradients.push_back(dsinks);
     }
-    if (at::GradMode::is_enabled())
-      gradients = NoSecondDerivative::apply(dout, dlse, q, k, v, a.bias, a.sinks, gradients);
+    gradients = first_derivatives({dout, dlse, q, k, v, a.bias, a.sinks}, gradients);
     variable_list result{gradients[0], gradients[1], gradients[2], Tensor(), Tensor(), Tensor()};
     if (bias_requires_grad) result[3] = gradients[3];
     if (sinks_require_grad) result[4] = gradients.back();
@@ -210,6 +215,56 @@ inline AttentionResult attend(const Tensor& q, const Tensor& k, const Tensor& v,
   return {result[0], result[1]};
 }
 
+struct Merge : torch::autograd::Function<Merge> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                               const Tensor& lse_b) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto merge =
+        op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "flash_attn_ext::merge");
+    auto [out, lse] = merge.call(out_a, lse_a, out_b, lse_b);
+    ctx->save_for_backward({out_a, lse_a, out_b, lse_b, out, lse});
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list incoming) {
+    static const auto merge_backward =
+        op<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                      const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "flash_attn_ext::merge_backward");
+    const variable_list x = ctx->get_saved_variables();
+    variable_list gradients;
+    {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      auto [dout_a, dlse_a, dout_b, dlse_b] =
+          merge_backward.call(incoming[0], incoming[1], x[0], x[1], x[2], x[3], x[4], x[5]);
+      gradients = {dout_a, dlse_a, dout_b, dlse_b};
+    }
+    return first_derivatives({incoming[0], incoming[1], x[0], x[1], x[2], x[3]}, gradients);
+  }
+};
+
+struct Softmax : torch::autograd::Function<Softmax> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto softmax = op<Tensor(const Tensor&)>("flash_attn_ext::softmax");
+    const Tensor y = softmax.call(x);
+    ctx->save_for_backward({y});
+    return {y};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list incoming) {
+    static const auto softmax_backward = op<Tensor(const Tensor&, const Tensor&)>("flash_attn_ext::softmax_backward");
+    const Tensor y = ctx->get_saved_variables()[0];
+    Tensor dx;
+    {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      dx = softmax_backward.call(incoming[0], y);
+    }
+    return first_derivatives({incoming[0], y}, {dx});
+  }
+};
+
 }  // namespace detail
 
 // q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (batch, seqlen_k, heads_kv,
@@ -224,5 +279,15 @@ inline AttentionResult attention_varlen(const Tensor& q, const Tensor& k, const 
                                         const Tensor& cu_seqlens_k, const AttentionOptions& options = {}) {
   return detail::attend(q, k, v, cu_seqlens_q, cu_seqlens_k, options);
 }
+
+// Joins the attention of the same queries over two sets of keys into that over both: out_a, out_b (batch, seqlen_q,
+// heads, head_dim) or packed (total_q, heads, head_dim), lse_a, lse_b (batch, heads, seqlen_q) or (heads, total_q).
+inline AttentionResult merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+  const auto result = detail::Merge::apply(out_a, lse_a, out_b, lse_b);
+  return {result[0], result[1]};
+}
+
+// Softmax of x (..., n) over the last dimension, its maximum and sum found in one pass.
+inline Tensor softmax(const Tensor& x) { return detail::Softmax::apply(x)[0]; }
 
 }  // namespace flash_attn_ext
