@@ -31,7 +31,6 @@ class BackwardComputer {
   using Scores = cuda::TransposedAccumulator<Config::kRows / 8, 1>;  // transpose: 64 keys by kRows
   using Fragments = uint32_t[Config::kRows / 16][4];
   static constexpr int ND = Config::kDim / 8, NQ = Config::kQueryRows / 8;
-  using KeyGradient = Accumulator<1, ND>;
 
  public:
   __device__ BackwardComputer(const BackwardCall& call, const Memory& memory, int warp)
@@ -243,16 +242,21 @@ class BackwardComputer {
     release(memory_.k_empty());
     if (keys.steps > 0) release(memory_.v_empty());
     const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.band.seqlen_k - begin;
-    visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, [&](float* partial) {
-      visit(partial, 2 * warpgroup_ * ND, dk_, keys.rank(), keys.last_head(), [&](const KeyGradient& sum) {
-        sm80::write_rows<T, true>(sum, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
-                                  static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
-      });
-      visit(partial, (2 * warpgroup_ + 1) * ND, dv_, keys.rank(), keys.last_head(), [&](const KeyGradient& sum) {
-        sm80::write_rows<T, true>(sum, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
-                                  static_cast<int>(p_.head_dim_v), 1.0f);
-      });
-    });
+    const int dk_piece = 2 * warpgroup_ * ND, dv_piece = dk_piece + ND;
+    const auto leave_both = [&](float* partial) {
+      leave(partial, dk_piece, dk_, keys.rank());
+      leave(partial, dv_piece, dv_, keys.rank());
+    };
+    const auto write_both = [&](float* partial) {
+      collect(partial, dk_piece, dk_, keys.rank());
+      collect(partial, dv_piece, dv_, keys.rank());
+      const int col = opaque(0);  // so that the lanes' columns don't take registers from the main loop
+      sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
+                                static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+      sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
+                                static_cast<int>(p_.head_dim_v), 1.0f);
+    };
+    visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_both, write_both);
   }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
@@ -266,7 +270,7 @@ class BackwardComputer {
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
   QueryGradient dq_;
-  KeyGradient dk_, dv_;
+  Accumulator<1, ND> dk_, dv_;
 };
 
 template <class T, class Config>

@@ -33,55 +33,62 @@ __device__ __forceinline__ void wait_for_turn(const BackwardMemory<T, Config>& m
   wait(memory.turn(number), BackwardMemory<T, Config>::StepBuffers::parity(number));
 }
 
-// In its turn, adds a warpgroup's part of a sum to what `rank` earlier visitors have left in global memory, beginning
-// at `partial`; the last visitor takes what they have left: then write(x) has the sum. `piece` numbers the pieces of 64
-// rows by 8 columns (or the other way round) of all parts, from this part's first one on.
-template <int N, class Write>
-__device__ __forceinline__ void visit(float* partial, int piece, Accumulator<1, N>& x, int rank, bool last,
-                                      Write&& write) {
-  float4* const mine = reinterpret_cast<float4*>(partial) + piece * kWarpgroupThreads +
-                       static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-  if (!last) {
-    if (rank > 0) {
+// A warpgroup's part of a sum in global memory, which begins at `partial`: where this thread has its elements. `piece`
+// numbers the pieces of 64 rows by 8 columns (or the other way round) of all parts, from this part's first one on.
+__device__ __forceinline__ float4* my_elements(float* partial, int piece) {
+  return reinterpret_cast<float4*>(partial) + piece * kWarpgroupThreads +
+         opaque(static_cast<int>(threadIdx.x)) % kWarpgroupThreads;
+}
+
+// In its turn, adds x to what `rank` earlier visitors have left.
+template <int N>
+__device__ __forceinline__ void leave(float* partial, int piece, const Accumulator<1, N>& x, int rank) {
+  float4* const mine = my_elements(partial, piece);
+  if (rank > 0) {
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        sm80::add_to_global(reinterpret_cast<float*>(mine + n * kWarpgroupThreads), x.x[0][n]);
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-        mine[n * kWarpgroupThreads] = {x.x[0][n][0], x.x[0][n][1], x.x[0][n][2], x.x[0][n][3]};
-    }
+    for (int n = 0; n < N; ++n) sm80::add_to_global(reinterpret_cast<float*>(mine + n * kWarpgroupThreads), x.x[0][n]);
   } else {
-    if (rank > 0) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float4 others = __ldcg(mine + n * kWarpgroupThreads);
-        x.x[0][n][0] += others.x, x.x[0][n][1] += others.y, x.x[0][n][2] += others.z, x.x[0][n][3] += others.w;
-      }
-    }
-    write(x);
+    for (int n = 0; n < N; ++n) mine[n * kWarpgroupThreads] = {x.x[0][n][0], x.x[0][n][1], x.x[0][n][2], x.x[0][n][3]};
   }
 }
 
-// A part of a step's dQ.
+// The last visitor takes what the others have left.
+template <int N>
+__device__ __forceinline__ void collect(float* partial, int piece, Accumulator<1, N>& x, int rank) {
+  if (rank == 0) return;
+  const float4* const mine = my_elements(partial, piece);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float4 others = __ldcg(mine + n * kWarpgroupThreads);
+    x.x[0][n][0] += others.x, x.x[0][n][1] += others.y, x.x[0][n][2] += others.z, x.x[0][n][3] += others.w;
+  }
+}
+
+// A part of a step's dQ; write(x) has the sum.
 template <class Config, int N, class Write>
 __device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1, N>& dq, const Step& step, int piece,
                                          Write&& write) {
-  visit(call.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim, piece, dq, step.rank(), step.last_visit(),
-        write);
+  float* const partial = call.dq_partial + int64_t{step.slot} * Config::kRows * Config::kDim;
+  if (!step.last_visit()) return leave(partial, piece, dq, step.rank());
+  collect(partial, piece, dq, step.rank());
+  write(dq);
 }
 
-// dK and dV of keys that several query heads share: f(partial), where those of the block lie, in this task's turn.
-// Warps need not wait for each other: each has turns of its own, for what its own lanes add.
-template <class Config, class F>
-__device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, F&& f) {
+// dK and dV of keys that several query heads share, in this task's turn: leave(partial) or, for the last head,
+// collect(partial), where those of the block lie. Warps need not wait for each other: each has turns of its own, for
+// what its own lanes add.
+template <class Config, class Leave, class Collect>
+__device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, Leave&& leave,
+                                           Collect&& collect) {
   int* const done = call.key_turns + keys.slot * 4 * Config::kWarpgroups + warp;
+  float* const partial = call.dkv_partial + int64_t{keys.slot} * 2 * Config::kKeys * Config::kDim;
   if (keys.rank() > 0) {
     while (sm80::load_acquire(done) < keys.rank()) {
     }
   }
-  f(call.dkv_partial + int64_t{keys.slot} * 2 * Config::kKeys * Config::kDim);
-  if (keys.last_head()) return;
+  if (keys.last_head()) return collect(partial);
+  leave(partial);
   __syncwarp();
   if (lane_index() == 0) sm80::store_release(done, keys.rank() + 1);
 }

@@ -191,14 +191,15 @@ class WideBackwardComputer {
     release(memory_.k_empty());
     if (keys.steps > 0) release(memory_.v_empty());
     const int begin = keys.key_begin + warp_row_;
-    visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, [&](float* partial) {
-      visit(partial, warpgroup_ * ND, gradient_, keys.rank(), keys.last_head(), [&](const Accumulator<1, ND>& sum) {
-        sm80::write_rows<T, true>(sum, has_dk() ? p_.dk : p_.dv, keys.batch, keys.k_start + begin, keys.head_kv,
-                                  keys.band.seqlen_k - begin, 0,
-                                  static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
-                                  has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
-      });
-    });
+    const int piece = warpgroup_ * ND;
+    const auto leave_it = [&](float* partial) { leave(partial, piece, gradient_, keys.rank()); };
+    const auto write_it = [&](float* partial) {
+      collect(partial, piece, gradient_, keys.rank());
+      sm80::write_rows<T, true>(gradient_, has_dk() ? p_.dk : p_.dv, keys.batch, keys.k_start + begin, keys.head_kv,
+                                keys.band.seqlen_k - begin, 0, static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
+                                has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
+    };
+    visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_it, write_it);
   }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
