@@ -15,11 +15,6 @@ inline uint32_t shared_offset(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_memory());
 }
 
-template <class Int>
-Int opaque(Int x) {
-  return x;
-}
-
 using Words = uint32_t[4];
 
 inline void load_matrices(uint32_t address, Words& x) {

@@ -39,6 +39,10 @@ template <int kRegisters>
 void give_registers_back() {}
 template <int kRegisters>
 void take_registers() {}
+template <class Int>
+Int opaque(Int x) {
+  return x;
+}
 
 // Four 8x8 matrices of 16-bit elements from where a warp has them in registers: element `col` of row `row` goes to
 // element `col` of the row that lane 8 * matrix + row names, or the other way round.

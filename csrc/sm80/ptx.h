@@ -21,14 +21,6 @@ __device__ __forceinline__ uint32_t shared_offset(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The same number, of which the compiler no longer knows where it comes from: what follows from it is worked out where
-// it is needed, and not kept in a register through the loops before.
-template <class Int>
-__device__ __forceinline__ Int opaque(Int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Four 8x8 matrices of 16-bit elements (or 8 rows of 16 bytes); lane l names row l % 8 of matrix l / 8 and gets word
 // l % 4 of row l / 4 of each; transposed: elements 2 (l % 4) and the next of column l / 4.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&x)[4]) {

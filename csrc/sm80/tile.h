@@ -427,9 +427,9 @@ __device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const Ten
 #pragma unroll
         for (int i = 0; i < 4 && n + i < N; ++i)
           words[i] = pack(x.at(m, half, n + i, 0) * scale, x.at(m, half, n + i, 1) * scale, T{});
-        const int number = n + opaque(lane_index()) % 4, c = col + 8 * number;
+        const int c = col + 8 * (n + lane_index() % 4);
         const uint4 chunk = quad_transpose(words);
-        if (r < rows && c < cols && number < N) *reinterpret_cast<uint4*>(to + c) = chunk;
+        if (r < rows && c < cols && n + lane_index() % 4 < N) *reinterpret_cast<uint4*>(to + c) = chunk;
       }
     } else {
       if (r >= rows) return;

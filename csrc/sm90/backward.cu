@@ -290,9 +290,10 @@ class BackwardComputer {
     const auto write_both = [&](float* partial) {
       collect(partial, dk_piece, dk_, keys.rank());
       collect(partial, dv_piece, dv_, keys.rank());
-      sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+      const int col = opaque(0);  // so that the lanes' columns don't take registers from the main loop
+      sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
                                 static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
-      sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, 0,
+      sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
                                 static_cast<int>(p_.head_dim_v), 1.0f);
     };
     visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_both, write_both);

@@ -122,6 +122,14 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   return y;
 }
 
+// The same number, of which the compiler no longer knows where it comes from: what follows from it is worked out where
+// it is needed, and not kept in a register through the loops before.
+template <class Int>
+__device__ __forceinline__ Int opaque(Int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Products of a warpgroup ----------------------------------------------------------------------------------------
 
 // What registers and shared memory hold now is what the products that follow see.

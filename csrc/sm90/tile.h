@@ -11,7 +11,6 @@ using cuda::Accumulator;
 using cuda::lane_index;
 using cuda::SharedTile;
 using cuda::warp_index;
-using sm80::opaque;
 
 // Where wgmma finds an operand with the 128-byte swizzle. From eight rows (of an operand that is stored by columns:
 // eight columns) to the next eight are 1024 bytes; leading: bytes from 64 columns (rows) to the next 64, where one
