@@ -85,7 +85,9 @@ struct PlacedAccumulator : TransposedAccumulator<M, N> {
   int lane;
 
   __device__ __forceinline__ int row(int m, int half) const { return 8 * m + lane % 4 * 2 + half; }
-  __device__ __forceinline__ int col(int n, int e) const { return TransposedAccumulator<M, N>::col_step(n, e) + lane / 4; }
+  __device__ __forceinline__ int col(int n, int e) const {
+    return TransposedAccumulator<M, N>::col_step(n, e) + lane / 4;
+  }
 };
 
 // Sum or maximum over a row's quad; all four lanes get it.

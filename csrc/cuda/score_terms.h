@@ -28,6 +28,20 @@ __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int
   });
 }
 
+// Where every element of a bias belongs to one score, its gradient is that score's. T: the bias's type, if not float.
+template <class T>
+__device__ __forceinline__ void write_bias_gradient(const ScoreView& view, const DeviceBand& band, int batch, int head,
+                                                    int row, int key, float x) {
+  if (row >= min(band.seqlen_q, static_cast<int>(view.size_row)) ||
+      key >= min(band.seqlen_k, static_cast<int>(view.size_col)))
+    return;
+  const int64_t offset = score_offset(view, batch, head, row, key);
+  if (view.dtype == DType::float32)
+    static_cast<float*>(view.data)[offset] = x;
+  else
+    static_cast<T*>(view.data)[offset] = T(x);
+}
+
 // A problem's numbers as the terms take them. Conversions from double and divisions take as long as the terms: a kernel
 // whose call brings these finds them where instructions can take them from.
 struct ScoreConstants {

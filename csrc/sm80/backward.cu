@@ -212,8 +212,9 @@ class BackwardTask {
       Recompute(p_, batch_, step.head, band_, call_.precision)(
           memory_.operands(stage), row, key_begin(), sub_row, prob, ds, [&](int m, int half, int n, int e, float x) {
             if (call_.direct_dbias)
-              write_dbias(step.head, row + sub_row + place.col + prob.row(m, half),
-                          key_begin() + place.row + prob.col(n, e), x);
+              cuda::write_bias_gradient<T>(p_.dbias, band_, batch_, step.head,
+                                           row + sub_row + place.col + prob.row(m, half),
+                                           key_begin() + place.row + prob.col(n, e), x);
           });
       store(memory_.ds(buffer), ds, sub_row);
       if constexpr (Config::kInRegisters) {
@@ -274,18 +275,6 @@ class BackwardTask {
     multiply<Config::kRows / kStepDepth<T>>(
         gradient, [&](int m, int k) { return left.left(m, k); },
         TransposedOperand<typename Memory::Q, Side::right, KeyPlace::N / 2>(y, KeyPlace().col), call_.precision);
-  }
-
-  // Where every element of bias belongs to one score, its gradient is that score's.
-  __device__ __forceinline__ void write_dbias(int head, int row, int key, float x) const {
-    if (row >= min(band_.seqlen_q, static_cast<int>(p_.dbias.size_row)) ||
-        key >= min(band_.seqlen_k, static_cast<int>(p_.dbias.size_col)))
-      return;
-    const int64_t offset = score_offset(p_.dbias, batch_, head, row, key);
-    if (p_.dbias.dtype == DType::float32)
-      static_cast<float*>(p_.dbias.data)[offset] = x;
-    else
-      static_cast<T*>(p_.dbias.data)[offset] = T(x);
   }
 
   // ---- dQ, in turns -------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 #include "kernels.h"
 #include "recompute.h"
 
-// dbias of a bias that several scores share, in a pass of its own: a thread block owns a tile of dbias, or one of a
-// few shares of it, and visits all blocks of scores that fall into it. Sums have a fixed order, and nothing of size S x
-// S exists besides dbias. That recomputes S and dP, two products of seven; only calls whose bias broadcasts and wants a
-// gradient pay.
+// dbias, where the backward does not write it, above all of a bias that several scores share, in a pass of its own: a
+// thread block owns a tile of dbias, or one of a few shares of it, and visits all blocks of scores that fall into it.
+// Sums have a fixed order, and nothing of size S x S exists besides dbias. That recomputes S and dP, two products of
+// seven; only calls whose bias wants a gradient pay.
 
 namespace fae::sm80 {
 namespace {

@@ -14,7 +14,7 @@ size_t backward_workspace(const BackwardProblem& p);
 template <int kHeadDim>
 void backward(const BackwardProblem& p, const Execution& execution);
 
-// dbias of a bias that broadcasts; `workspace` holds what bias_gradient_workspace asks for.
+// dbias of a bias of any shape; `workspace` holds what bias_gradient_workspace asks for.
 template <int kHeadDim>
 size_t bias_gradient_workspace(const BackwardProblem& p);
 template <int kHeadDim>

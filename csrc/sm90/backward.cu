@@ -163,7 +163,11 @@ class BackwardComputer {
                                    keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_,
                                    memory_.statistics(stage()));
     const auto finish = [&](int k) {
-      copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(stage())), general_ds_[k]);
+      const auto on_gradient = [&](const auto& ds) {
+        if (call_.direct_dbias) write_dbias(call_, memory_, step_, 16 * k, warpgroup_ * kWarpgroupRows + warp_row_, ds);
+      };
+      copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(stage()), on_gradient),
+           general_ds_[k]);
     };
 #pragma unroll
     for (int k = 0; k < kEarlyParts; ++k) copy(general.compute(scores_, k), general_p_[k]);
@@ -332,7 +336,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   } else {
     take_registers<Config::kComputeRegisters>();
     using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config, kGeneral>,
-                                         BackwardComputer<T, Config, kGeneral>>;
+                                        BackwardComputer<T, Config, kGeneral>>;
     Computer(call, memory, warp - 4).run();
   }
 }
@@ -351,10 +355,14 @@ struct BackwardSpace : cuda::BackwardSpace {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
     key_blocks = key_blocks_of(p);
     dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
-    const size_t bias_bytes = p.dbias.data ? sm80::bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
+    const size_t bias_bytes = p.dbias.data && !writes_dbias(p) ? sm80::bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
     bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
   }
 
+  // Whether dS is the gradient of the bias: no element belongs to several scores, and nothing comes between the two.
+  static bool writes_dbias(const BackwardProblem& p) {
+    return p.dbias.data && !sm80::broadcasts(p, p.dbias) && p.softcap == 0;
+  }
   static PackedBlocks packed_key_blocks(const BackwardProblem& p) {
     return PackedBlocks(p.cu_seqlens_k, p.batch, p.total_k, Config::kKeys);
   }
@@ -378,7 +386,8 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const cuda::RowStatistics row_statistics{.rows = space.statistics, .folded = !kGeneral};
   const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
-  if (p.dbias.data) sm80::bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
+  const bool direct_dbias = space.writes_dbias(p);
+  if (p.dbias.data && !direct_dbias) sm80::bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
   // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
   // together that a key block's slot is free when its successors have begun.
@@ -405,6 +414,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       space.others(),
       space.dkv_partial,
       cuda::ScoreConstants(p),
+      direct_dbias,
       map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
       map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),

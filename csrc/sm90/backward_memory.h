@@ -22,6 +22,7 @@ struct BackwardCall {
   int* key_turns;              // [KV head or batch x KV head][key block][warp]: query heads that are done
   float* dkv_partial;          // the same by block, as dq_partial
   cuda::ScoreConstants constants;
+  bool direct_dbias;  // dS is the gradient of a bias, element by element
   TensorMap q, k, v, dout;
   TensorMap statistics;  // cuda/delta.h, RowStatistics
 };

@@ -54,11 +54,11 @@ class GeneralScores {
     return sm80::as_left_operand<T>(prob.transpose, 0, 0);
   }
 
-  // Part k of dS, from dP and what `compute` has left in the place of S.
-  template <class Scores>
+  // Part k of dS, from dP and what `compute` has left in the place of S. on_gradient(part) sees it.
+  template <class Scores, class F>
   __device__ __forceinline__ static sm80::FragmentA<T> finish(const Scores& dprob, const Scores& factors, int k,
                                                               const cuda::ScoreConstants& constants,
-                                                              uint32_t statistics) {
+                                                              uint32_t statistics, F&& on_gradient) {
     Part ds;
     ds.lane = opaque(lane_index());
     Part::for_each([&](int m, int half, int n, int e) { ds.at(m, half, n, e) = dprob.at(2 * k + m, half, n, e); });
@@ -76,6 +76,7 @@ class GeneralScores {
         x = fabsf(factors.at(2 * k + m, half, 0, e)) * (x - delta);
       }
     });
+    on_gradient(ds);
     return sm80::as_left_operand<T>(ds.transpose, 0, 0);
   }
 
@@ -92,5 +93,17 @@ class GeneralScores {
   const int row_, key_;
   const uint32_t statistics_;
 };
+
+// Writes part of a step's dS that begins at (row, key) of the step as gradient of the bias.
+template <class T, class Config, class Part>
+__device__ __forceinline__ void write_dbias(const BackwardCall& call, const BackwardMemory<T, Config>& memory,
+                                            unsigned number, int row, int key, const Part& ds) {
+  const Step step = read_struct<Step>(memory.step(number));
+  const KeyBlock keys = read_struct<KeyBlock>(memory.key_block());
+  Part::for_each([&](int m, int half, int n, int e) {
+    cuda::write_bias_gradient<T>(call.p.dbias, keys.band, keys.batch, step.head, step.row_begin + row + ds.row(m, half),
+                                 keys.key_begin + key + ds.col(n, e), ds.at(m, half, n, e));
+  });
+}
 
 }  // namespace fae::sm90

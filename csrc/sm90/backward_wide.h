@@ -151,7 +151,11 @@ class WideBackwardComputer {
     for (int k = 0; k < Config::kScoreRows / 16; ++k) {
       const uint32_t ds = first ^ exchanged_chunk(k, lane);
       if constexpr (kGeneral) {
-        store_matrices(ds, GeneralScores<T>::finish(dprob_, scores_, k, call_.constants, statistics(stage())).x);
+        const auto on_gradient = [&](const auto& part) {
+          if (call_.direct_dbias) write_dbias(call_, memory_, step_, score_row() + 16 * k, warp_row_, part);
+        };
+        store_matrices(
+            ds, GeneralScores<T>::finish(dprob_, scores_, k, call_.constants, statistics(stage()), on_gradient).x);
       } else {
         store_matrices(ds, sm80::as_left_operand<T>(dprob_.transpose, 0, k).x);
         store_matrices(ds + Memory::DS::kBytes, sm80::as_left_operand<T>(scores_.transpose, 0, k).x);

@@ -71,7 +71,8 @@ struct BackwardTile : BackwardBlock<kRows, 2 * kWarpgroupRows, kDim> {
   // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
   static constexpr bool kSharesDim = kDim == 2 * 64;
   static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
-  static constexpr int kEarlyParts = kDim == 64 ? kRows / 16 : 1;  // of 16 rows, whose general P is computed while dP is
+  static constexpr int kEarlyParts =
+      kDim == 64 ? kRows / 16 : 1;  // of 16 rows, whose general P is computed while dP is
   static_assert(kSharesDim || kDim == 64);
 };
 
