@@ -123,8 +123,6 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
       &operands, nullptr);
 }
 
-inline float exp2_approx(float x) { return std::exp2(x); }
-
 inline void add_to_global(float* p, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) p[i] += x[i];
 }

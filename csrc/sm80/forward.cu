@@ -146,8 +146,8 @@ class ForwardTask {
     // Of float scores, which are rounded no further, the largest is to give P = 1: they are scaled before m is
     // subtracted.
     const float scale_of_scores = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
-    const float scale_log2 = sizeof(T) == 4 ? 1.0f : scale_of_scores;
-    const cuda::ScoreTerms terms(p_, batch_, head_, band_);
+    const float scale_log2 = sizeof(T) == 4 || kGeneral ? 1.0f : scale_of_scores;
+    const cuda::ScoreTerms<T> terms(p_, batch_, head_, band_);
 
     // S = Q K^T, P = exp(S - m)
     Scores s;
@@ -158,7 +158,7 @@ class ForwardTask {
     };
     compute_scores();
     const auto follow = [&](const auto& keep) {
-      const auto factors = cuda::follow_maximum<kGeneral>(states_, s, scale_log2, keep, exp2_approx);
+      const auto factors = cuda::follow_maximum(states_, s, scale_log2, keep);
       if (factors.any_moved()) cuda::rescale(output_, factors);
     };
     if constexpr (kGeneral || kEdge) {
@@ -166,7 +166,7 @@ class ForwardTask {
       if (!blocks_.is_full(key / Config::kKeys)) cuda::mask_band(s, band_, row, key);
       follow(cuda::RowFlags<M>());
     } else {
-      cuda::keep_maximum(states_, s, scale_log2, exp2_approx, [&](const auto& keep) {
+      cuda::keep_maximum(states_, s, scale_log2, [&](const auto& keep) {
         compute_scores();
         follow(keep);
       });
@@ -240,7 +240,7 @@ class ForwardTask {
   const Memory memory_;
   const T *k_next_, *v_next_;  // the thread's part of the next block to be copied
   FragmentA<T> query_[kQueryInRegisters ? M : 1][kQueryInRegisters ? kQuerySteps : 1];
-  cuda::RowStates<M, kGeneral> states_;
+  cuda::RowStates<M> states_;
   Accumulator<M, ND> output_;
 };
 

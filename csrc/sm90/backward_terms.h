@@ -42,7 +42,7 @@ class GeneralScores {
     if (is_edge_) cuda::mask_band(prob, band_, row, key_);
     Part::for_each([&](int m, int half, int n, int e) {
       float& x = prob.at(m, half, n, e);
-      x = sm80::exp2_approx(fminf(fmaf(x, cuda::kLog2e, -lse[m][half]), 0.0f));
+      x = cuda::exp2_approx(fminf(x - lse[m][half], 0.0f));
       factor.at(m, half, n, e) *= x;
     });
     if (constants_.drops())
@@ -86,7 +86,7 @@ class GeneralScores {
     return __uint_as_float(sm80::load_shared(statistics + 16 * row + 4 * number));
   }
 
-  const cuda::ScoreTerms terms_;
+  const cuda::ScoreTerms<T> terms_;
   const cuda::ScoreConstants& constants_;
   const cuda::DeviceBand& band_;
   const bool is_edge_;

@@ -18,14 +18,15 @@ class Computer {
 
  public:
   __device__ Computer(const ForwardCall& call, const Memory& memory, int warp)
-      : p_(call.p),
+      : call_(call),
+        p_(call.p),
         memory_(memory),
         q_(memory.ring_q()),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
-        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+        scale_log2_(kGeneral ? 1.0f : call.constants.scale_log2) {}
 
   __device__ void run() {
 #pragma unroll 1
@@ -120,9 +121,9 @@ class Computer {
       release(k_);
       factors = follow(block, kEdge);
     } else {
-      moved = cuda::keep_maximum(states_, scores_, scale_log2_, sm80::exp2_approx, [&](const auto& keep) {
+      moved = cuda::keep_maximum(states_, scores_, scale_log2_, [&](const auto& keep) {
         multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        factors = cuda::follow_maximum<false>(states_, scores_, scale_log2_, keep, sm80::exp2_approx);
+        factors = cuda::follow_maximum(states_, scores_, scale_log2_, keep);
       });
       release(k_);
     }
@@ -151,27 +152,28 @@ class Computer {
     start_transposed(output_, p_fragments_, memory_.v(v_.stage()));
   }
 
+  __device__ __forceinline__ cuda::ScoreTerms<T> terms(const Work& tile) const {
+    return {p_, call_.constants, tile.batch, tile.head, tile.band};
+  }
+
   __device__ __forceinline__ cuda::RowFactors<1> follow(int block, bool edge) {
     if (kGeneral || edge) {
       const Work tile = work();
       const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
-      if constexpr (kGeneral)
-        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band).apply(scores_, row, key, [](int, int, int, int, float) {
-        });
+      if constexpr (kGeneral) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
       if (edge) cuda::mask_band(scores_, tile.band, row, key);
     }
-    return cuda::follow_maximum<kGeneral>(states_, scores_, scale_log2_, {}, sm80::exp2_approx);
+    return cuda::follow_maximum(states_, scores_, scale_log2_, {});
   }
 
   __device__ __forceinline__ void pack_p(int block) {
     if constexpr (kGeneral) {
-      if (p_.dropout_p > 0) {
+      if (call_.constants.drops()) {
         const Work tile = work();
-        cuda::ScoreTerms(p_, tile.batch, tile.head, tile.band)
-            .dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
-                     [&](int m, int half, int n, int e, bool kept) {
-                       if (!kept) scores_.at(m, half, n, e) = 0;
-                     });
+        terms(tile).dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
+                            [&](int m, int half, int n, int e, bool kept) {
+                              if (!kept) scores_.at(m, half, n, e) = 0;
+                            });
       }
     }
 #pragma unroll
@@ -191,7 +193,7 @@ class Computer {
       RowState<float> state = states_.x[m][half].total();
       const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
       float weight = factor * state.inverse_sum();
-      if constexpr (kGeneral) weight *= static_cast<float>(dropout_scale(p_.dropout_p));
+      if constexpr (kGeneral) weight *= call_.constants.kept_weight;
 #pragma unroll
       for (int n = 0; n < ND; ++n)
 #pragma unroll
@@ -235,14 +237,15 @@ class Computer {
   }
   __device__ __forceinline__ typename Memory::Q q() const { return memory_.q(q_.stage(), warpgroup_); }
 
+  const ForwardCall& call_;
   const Problem& p_;
   const Memory memory_;
   typename Memory::RingQ q_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
-  const float scale_log2_;          // of plain scores
-  cuda::RowStates<1, kGeneral> states_;
+  const float scale_log2_;          // of products; 1: they have become scores
+  cuda::RowStates<1> states_;
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;
   uint32_t p_fragments_[kSteps][4];
@@ -296,6 +299,7 @@ void run_forward(const Problem& p, const Execution& execution) {
   const ForwardCall call{p,
                          schedule,
                          counter,
+                         cuda::ScoreConstants(p),
                          make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),
                          make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
                          make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),

@@ -15,6 +15,7 @@ struct ForwardCall {
   Problem p;
   GridSchedule schedule;
   int* counter;  // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
+  cuda::ScoreConstants constants;
   TensorMap q, k, v, out;
 };
 
