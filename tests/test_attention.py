@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import BIAS_VALUES, VALUES, Case, check
+from conftest import MATRIX_LEVELS
 
 import flash_attn_ext
 from flash_attn_ext import reference
@@ -167,6 +168,13 @@ def test_many_rows_of_heads_that_share_keys(device: str, dtype: torch.dtype, cas
 def test_long(device: str, dtype: torch.dtype, case: Case) -> None:
     """Several blocks of rows, several chunks of keys in the backward; sums over millions of elements."""
     check(case.but(batch=1, heads=2, heads_kv=1, seqlen_q=1100, seqlen_k=2300, dtype=dtype), device)
+
+
+@pytest.mark.large
+def test_heads_in_passes(device: str) -> None:
+    """Partial sums of so many heads that share keys that the CPU's backward takes some after the others."""
+    dtype = torch.bfloat16 if device.removeprefix("cpu-") in MATRIX_LEVELS else torch.float32
+    check(Case(batch=1, heads=6, heads_kv=1, seqlen_q=4096, seqlen_k=160, head_dim=512, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -39,15 +39,15 @@ def status(field):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 def step(q, k, v, dout):
-    out, lse = flash_attn_ext.attention(q, k, v, causal={causal}, return_lse=True)
+    out, lse = flash_attn_ext.attention(q, k, v, causal={causal}, window_size={window}, return_lse=True)
     return out, lse, *torch.autograd.grad(out, (q, k, v), dout)
 
 torch.set_num_threads({threads})
 dtype = torch.{dtype}
-shape = (1, 16384, {heads}, 64)
+shape, shape_kv = (1, 16384, {heads}, 64), (1, 16384, {heads_kv}, 64)
 small = [torch.randn(1, 64, 1, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
 step(*small, torch.randn(1, 64, 1, 64, dtype=dtype))  # libraries loaded, threads started
-q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+q, k, v = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, shape_kv, shape_kv))
 dout = torch.randn(shape).to(dtype)
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as peak:
@@ -57,15 +57,30 @@ print(status("VmHWM") - before - sum(t.numel() * t.element_size() for t in resul
 """
 
 
+has_peaks = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+
+
+def check_peak(threads: int, **problem: object) -> None:
+    used = int(run(PEAK.format(threads=threads, **problem)))
+    assert used <= BUDGET + BUDGET_PER_THREAD * threads, f"{used / MIB:.0f} MiB"
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@has_peaks
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_memory_of_the_size_of_the_scores(dtype: str, heads: int, threads: int) -> None:
     """Length 16384, forward and backward, beyond inputs, outputs and gradients; scores alone would be 1 GiB a head."""
-    used = int(run(PEAK.format(dtype=dtype, heads=heads, threads=threads, causal=heads > 1)))
-    assert used <= BUDGET + BUDGET_PER_THREAD * threads, f"{used / MIB:.0f} MiB"
+    check_peak(threads, dtype=dtype, heads=heads, heads_kv=heads, causal=heads > 1, window=(-1, -1))
+
+
+@has_peaks
+@pytest.mark.parametrize("heads", [8, 32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_memory_for_every_head_that_shares_keys(dtype: str, heads: int) -> None:
+    """The same budget: partial sums of all heads at once would take 4 MiB each, and as many of dK and dV 8."""
+    check_peak(1, dtype=dtype, heads=heads, heads_kv=1, causal=True, window=(64, 0))
 
 
 # Every block from the allocator, not only torch's tensors, starts as bytes 0xff: NaN in every float type.

@@ -50,7 +50,7 @@ struct Scratch {
   }
 };
 
-// Partial sums of the pairs at work: dQ [pair][chunk][head of group][row][dim], dK and dV [pair][split][key][dim].
+// Partial sums of the pairs at work: dQ [pair][chunk][head of the pass][row][dim], dK and dV [pair][split][key][dim].
 // Absent where a task finishes its gradients alone.
 template <class T>
 struct Partials {
@@ -60,8 +60,8 @@ struct Partials {
   Partials(const Problem& p, const BackwardSplit& split, const LongestSequence& longest, void* base) {
     Arena arena(base);
     if (split.chunks > 1 || split.chunk_keys > keys_at_once<T>(p))
-      dq = arena.take<T>(split.pairs_at_once * split.chunks * split.group * longest.q * padded<T>(p.head_dim));
-    if (split.head_splits > 1) {
+      dq = arena.take<T>(split.pairs_at_once * split.chunks * split.heads_at_once * longest.q * padded<T>(p.head_dim));
+    if (split.shares_dkv()) {
       dk = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim));
       dv = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim_v));
     }
@@ -73,8 +73,8 @@ template <class T>
 class BackwardTask {
  public:
   BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
-               const Partials<T>& partials, const Scratch<T>& scratch, int64_t pair, int64_t slot, int64_t share,
-               int64_t chunk)
+               const Partials<T>& partials, const Scratch<T>& scratch, int64_t pair, int64_t slot, int64_t pass,
+               int64_t share, int64_t chunk)
       : p_(p),
         split_(split),
         longest_(longest),
@@ -83,6 +83,7 @@ class BackwardTask {
         batch_(pair / p.heads_kv),
         head_kv_(pair % p.heads_kv),
         slot_(slot),
+        pass_(pass),
         share_(share),
         chunk_(chunk),
         sequence_(sequence_of(p, batch_)),
@@ -91,10 +92,9 @@ class BackwardTask {
         ld_v_(padded<T>(p.head_dim_v)) {}
 
   void run() {
-    const int64_t first_head = share_ * split_.group / split_.head_splits;
-    const int64_t last_head = (share_ + 1) * split_.group / split_.head_splits;
+    const Interval heads = split_.heads_of(pass_, share_);
     if (partials_.dq)
-      for (int64_t member = first_head; member < last_head; ++member)
+      for (int64_t member = heads.begin; member < heads.end; ++member)
         fill_zero(dq_partial(member, 0), longest_.q * ld_qk_);
 
     const int64_t begin = clamp_length(chunk_ * split_.chunk_keys, sequence_.seqlen_k);
@@ -103,7 +103,7 @@ class BackwardTask {
     do {  // at least once: a sequence without keys still writes dQ = 0
       const int64_t key_end = key + keys_at_once<T>(p_) < end ? key + keys_at_once<T>(p_) : end;
       pack_keys(key, key_end);
-      for (int64_t member = first_head; member < last_head; ++member)
+      for (int64_t member = heads.begin; member < heads.end; ++member)
         queries_against(head_kv_ * split_.group + member, member, key, key_end);
       write_dk_dv(key, key_end);
       key = key_end;
@@ -120,9 +120,14 @@ class BackwardTask {
     return Rows(p_.dtype, view, batch_, row, head);
   }
   T* dq_partial(int64_t member, int64_t row) const {
-    const int64_t index = (slot_ * split_.chunks + chunk_) * split_.group + member;
+    const int64_t number = member - split_.heads_of(pass_).begin;
+    const int64_t index = (slot_ * split_.chunks + chunk_) * split_.heads_at_once + number;
     return partials_.dq + (index * longest_.q + row) * ld_qk_;
   }
+
+  T* dk_partial(int64_t key) const { return partials_.dk + dkv_row(key) * ld_qk_; }
+  T* dv_partial(int64_t key) const { return partials_.dv + dkv_row(key) * ld_v_; }
+  int64_t dkv_row(int64_t key) const { return (slot_ * split_.head_splits + share_) * longest_.k + key; }
 
   void pack_keys(int64_t begin, int64_t end) const {
     for (int64_t key = begin; key < end; key += kBlockKeys) {
@@ -135,8 +140,13 @@ class BackwardTask {
       pack_transposed<T>(v, count, p_.head_dim_v, T(1), scratch_.v_transposed + at * p_.head_dim_v, kBlockKeys);
       pack_rows<T>(k, count, p_.head_dim, T(1), scratch_.k + at * ld_qk_);
     }
-    fill_zero(scratch_.dk, (end - begin) * ld_qk_);
-    fill_zero(scratch_.dv, (end - begin) * ld_v_);
+    if (pass_ == 0) {
+      fill_zero(scratch_.dk, (end - begin) * ld_qk_);
+      fill_zero(scratch_.dv, (end - begin) * ld_v_);
+    } else {
+      std::memcpy(scratch_.dk, dk_partial(begin), (end - begin) * ld_qk_ * sizeof(T));
+      std::memcpy(scratch_.dv, dv_partial(begin), (end - begin) * ld_v_ * sizeof(T));
+    }
   }
 
   // All queries of one head against the packed keys [key_begin, key_end).
@@ -237,9 +247,8 @@ class BackwardTask {
       return unpack_rows<T>(scratch_.dv, end - begin, p_.head_dim_v, T(1),
                             rows_of(p_.dv, sequence_.k_start + begin, head_kv_));
     }
-    const int64_t at = (slot_ * split_.head_splits + share_) * longest_.k + begin;
-    std::memcpy(partials_.dk + at * ld_qk_, scratch_.dk, (end - begin) * ld_qk_ * sizeof(T));
-    std::memcpy(partials_.dv + at * ld_v_, scratch_.dv, (end - begin) * ld_v_ * sizeof(T));
+    std::memcpy(dk_partial(begin), scratch_.dk, (end - begin) * ld_qk_ * sizeof(T));
+    std::memcpy(dv_partial(begin), scratch_.dv, (end - begin) * ld_v_ * sizeof(T));
   }
 
   const BackwardProblem& p_;
@@ -247,7 +256,7 @@ class BackwardTask {
   const LongestSequence& longest_;
   const Partials<T>& partials_;
   const Scratch<T>& scratch_;
-  const int64_t batch_, head_kv_, slot_, share_, chunk_;
+  const int64_t batch_, head_kv_, slot_, pass_, share_, chunk_;
   const Sequence sequence_;
   const Band band_;
   const int64_t ld_qk_, ld_v_;
@@ -262,26 +271,29 @@ void add_partials(T* partial, int64_t count, int64_t stride, int64_t rows, int64
   unpack_rows<T>(partial, rows, cols, scale, dst);
 }
 
-// Adds the partial sums of the pairs [first_pair, last_pair) up; a task does some rows of dQ, or of dK and dV.
+// Adds the partial sums of a pass of the pairs [first_pair, last_pair) up, those of dK and dV after the last pass; a
+// task does some rows of dQ, or of dK and dV.
 template <class T>
 void add_up(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
-            const Partials<T>& partials, int64_t first_pair, int64_t last_pair, const Execution& execution) {
+            const Partials<T>& partials, int64_t first_pair, int64_t last_pair, int64_t pass,
+            const Execution& execution) {
   constexpr int64_t kRows = 128;
   const int64_t ld_qk = padded<T>(p.head_dim), ld_v = padded<T>(p.head_dim_v);
   const auto clipped = [](int64_t begin, int64_t length) { return clamp_length(length - begin, kRows); };
   if (partials.dq) {
     const int64_t blocks = ceil_div(longest.q, kRows);
-    execution.parallel((last_pair - first_pair) * split.group * blocks, [&](int64_t task, int) {
-      const int64_t slot = task / blocks / split.group, member = task / blocks % split.group;
+    const Interval heads = split.heads_of(pass);
+    execution.parallel((last_pair - first_pair) * heads.size() * blocks, [&](int64_t task, int) {
+      const int64_t slot = task / blocks / heads.size(), number = task / blocks % heads.size();
       const int64_t pair = first_pair + slot, batch = pair / p.heads_kv, row = task % blocks * kRows;
       const Sequence s = sequence_of(p, batch);
-      const int64_t stride = split.group * longest.q * ld_qk;
-      T* partial = partials.dq + slot * split.chunks * stride + (member * longest.q + row) * ld_qk;
+      const int64_t stride = split.heads_at_once * longest.q * ld_qk;
+      T* partial = partials.dq + slot * split.chunks * stride + (number * longest.q + row) * ld_qk;
       add_partials(partial, split.chunks, stride, clipped(row, s.seqlen_q), p.head_dim, static_cast<T>(p.softmax_scale),
-                   Rows(p.dtype, p.dq, batch, s.q_start + row, pair % p.heads_kv * split.group + member));
+                   Rows(p.dtype, p.dq, batch, s.q_start + row, pair % p.heads_kv * split.group + heads.begin + number));
     });
   }
-  if (partials.dk) {
+  if (partials.dk && pass == split.passes() - 1) {
     const int64_t blocks = ceil_div(longest.k, kRows);
     execution.parallel((last_pair - first_pair) * blocks, [&](int64_t task, int) {
       const int64_t slot = task / blocks, pair = first_pair + slot, batch = pair / p.heads_kv;
@@ -333,15 +345,17 @@ void run_backward(BackwardProblem p, const Execution& execution) {
   const int64_t tasks = split.tasks_per_pair();
   for (int64_t first = 0; first < split.pairs; first += split.pairs_at_once) {
     const int64_t last = first + split.pairs_at_once < split.pairs ? first + split.pairs_at_once : split.pairs;
-    // Chunks outermost: under a causal mask the first chunks are the longest tasks.
-    execution.parallel((last - first) * tasks, [&](int64_t task, int worker) {
-      const Scratch<T> scratch(p, plan.scratch + worker * plan.scratch_bytes);
-      const int64_t slot = task % (last - first), part = task / (last - first);
-      BackwardTask<T>(p, split, plan.longest, plan.partials, scratch, first + slot, slot, part % split.head_splits,
-                      part / split.head_splits)
-          .run();
-    });
-    add_up(p, split, plan.longest, plan.partials, first, last, execution);
+    for (int64_t pass = 0; pass < split.passes(); ++pass) {
+      // Chunks outermost: under a causal mask the first chunks are the longest tasks.
+      execution.parallel((last - first) * tasks, [&](int64_t task, int worker) {
+        const Scratch<T> scratch(p, plan.scratch + worker * plan.scratch_bytes);
+        const int64_t slot = task % (last - first), part = task / (last - first);
+        BackwardTask<T>(p, split, plan.longest, plan.partials, scratch, first + slot, slot, pass,
+                        part % split.head_splits, part / split.head_splits)
+            .run();
+      });
+      add_up(p, split, plan.longest, plan.partials, first, last, pass, execution);
+    }
   }
 }
 

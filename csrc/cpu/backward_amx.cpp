@@ -61,7 +61,7 @@ struct Scratch {
   }
 };
 
-// Partial sums of the pairs at work, absent where a task finishes its gradients alone: dQ [pair][chunk][head of group]
+// Partial sums of the pairs at work, absent where a task finishes its gradients alone: dQ [pair][chunk][head of pass]
 // [rows / 32][padded dim][32], dK and dV [pair][split][key][padded dim]. Rows and keys are whole blocks.
 struct Partials {
   float *dq = nullptr, *dk = nullptr, *dv = nullptr;
@@ -72,8 +72,8 @@ struct Partials {
       : rows(round_up(longest.q, kBlock)), keys(round_up(longest.k, kBlock)) {
     Arena arena(base);
     if (split.chunks > 1 || split.chunk_keys > keys_at_once(p))
-      dq = arena.take<float>(split.pairs_at_once * split.chunks * split.group * rows * padded_dim(p.head_dim));
-    if (split.head_splits > 1) {
+      dq = arena.take<float>(split.pairs_at_once * split.chunks * split.heads_at_once * rows * padded_dim(p.head_dim));
+    if (split.shares_dkv()) {
       dk = arena.take<float>(split.pairs_at_once * split.head_splits * keys * padded_dim(p.head_dim));
       dv = arena.take<float>(split.pairs_at_once * split.head_splits * keys * padded_dim(p.head_dim_v));
     }
@@ -112,7 +112,7 @@ void write_transposed(const float* partial, int64_t count, int64_t stride, int64
 class BackwardTask {
  public:
   BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const Partials& partials, const Scratch& scratch,
-               int64_t pair, int64_t slot, int64_t share, int64_t chunk)
+               int64_t pair, int64_t slot, int64_t pass, int64_t share, int64_t chunk)
       : p_(p),
         split_(split),
         partials_(partials),
@@ -120,6 +120,7 @@ class BackwardTask {
         batch_(pair / p.heads_kv),
         head_kv_(pair % p.heads_kv),
         slot_(slot),
+        pass_(pass),
         share_(share),
         chunk_(chunk),
         sequence_(sequence_of(p, batch_)),
@@ -128,10 +129,9 @@ class BackwardTask {
         dim_v_(padded_dim(p.head_dim_v)) {}
 
   void run() {
-    const int64_t first_member = share_ * split_.group / split_.head_splits;
-    const int64_t last_member = (share_ + 1) * split_.group / split_.head_splits;
+    const Interval heads = split_.heads_of(pass_, share_);
     if (partials_.dq)
-      for (int64_t member = first_member; member < last_member; ++member)
+      for (int64_t member = heads.begin; member < heads.end; ++member)
         fill_zero(dq_partial(member), partials_.rows * dim_);
 
     const int64_t begin = clamp_length(chunk_ * split_.chunk_keys, sequence_.seqlen_k);
@@ -140,7 +140,7 @@ class BackwardTask {
     do {  // at least once: a sequence without keys still writes dQ = 0
       const int64_t key_end = key + keys_at_once(p_) < end ? key + keys_at_once(p_) : end;
       pack_keys(key, key_end);
-      for (int64_t member = first_member; member < last_member; ++member) queries_against(member, key, key_end);
+      for (int64_t member = heads.begin; member < heads.end; ++member) queries_against(member, key, key_end);
       if (!partials_.dk) write_dk_dv(key, key_end);
       key = key_end;
     } while (key < end);
@@ -153,7 +153,8 @@ class BackwardTask {
     return Rows(p_.dtype, view, batch_, row, head);
   }
   float* dq_partial(int64_t member) const {
-    return partials_.dq + ((slot_ * split_.chunks + chunk_) * split_.group + member) * partials_.rows * dim_;
+    const int64_t number = member - split_.heads_of(pass_).begin;
+    return partials_.dq + ((slot_ * split_.chunks + chunk_) * split_.heads_at_once + number) * partials_.rows * dim_;
   }
   // Sums of dK and dV for the packed keys, the first of which is `key`.
   float* dk(int64_t key) const { return partials_.dk ? partials_.dk + dkv_row(key) * dim_ : scratch_.dk; }
@@ -167,6 +168,7 @@ class BackwardTask {
     pack_left(k, padded, scratch_.k);
     pack_left(v, padded, scratch_.v);
     pack_left_transposed(k, padded, scratch_.k_transposed);
+    if (pass_ > 0) return;  // to which this one adds
     fill_zero(dk(begin), padded * dim_);
     fill_zero(dv(begin), padded * dim_v_);
   }
@@ -275,29 +277,32 @@ class BackwardTask {
   const BackwardSplit& split_;
   const Partials& partials_;
   const Scratch& scratch_;
-  const int64_t batch_, head_kv_, slot_, share_, chunk_;
+  const int64_t batch_, head_kv_, slot_, pass_, share_, chunk_;
   const Sequence sequence_;
   const Band band_;
   const int64_t dim_, dim_v_;
 };
 
-// Adds the partial sums of the pairs [first_pair, last_pair) up, 32 rows of dQ or keys of dK and dV at a time.
+// Adds the partial sums of a pass of the pairs [first_pair, last_pair) up, those of dK and dV after the last pass, 32
+// rows of dQ or keys of dK and dV at a time.
 void add_up(const BackwardProblem& p, const BackwardSplit& split, const Partials& partials, int64_t first_pair,
-            int64_t last_pair, const Execution& execution) {
+            int64_t last_pair, int64_t pass, const Execution& execution) {
   const float scale = static_cast<float>(p.softmax_scale);
   const int64_t dim = padded_dim(p.head_dim), dim_v = padded_dim(p.head_dim_v), pairs = last_pair - first_pair;
   const auto rows_left = [](int64_t begin, int64_t length) { return clamp_length(length - begin, kBlock); };
+  const Interval heads = split.heads_of(pass);
   if (partials.dq)
-    execution.parallel(pairs * split.group * (partials.rows / kBlock), [&](int64_t task, int) {
+    execution.parallel(pairs * heads.size() * (partials.rows / kBlock), [&](int64_t task, int) {
       const int64_t row = task % (partials.rows / kBlock) * kBlock, index = task / (partials.rows / kBlock);
-      const int64_t slot = index / split.group, member = index % split.group, pair = first_pair + slot;
+      const int64_t slot = index / heads.size(), number = index % heads.size(), pair = first_pair + slot;
       const Sequence s = sequence_of(p, pair / p.heads_kv);
-      const int64_t stride = split.group * partials.rows * dim;
-      const float* partial = partials.dq + slot * split.chunks * stride + (member * partials.rows + row) * dim;
-      const Rows dq(p.dtype, p.dq, pair / p.heads_kv, s.q_start + row, pair % p.heads_kv * split.group + member);
+      const int64_t stride = split.heads_at_once * partials.rows * dim;
+      const float* partial = partials.dq + slot * split.chunks * stride + (number * partials.rows + row) * dim;
+      const int64_t head = pair % p.heads_kv * split.group + heads.begin + number;
+      const Rows dq(p.dtype, p.dq, pair / p.heads_kv, s.q_start + row, head);
       write_transposed(partial, split.chunks, stride, rows_left(row, s.seqlen_q), p.head_dim, scale, dq);
     });
-  if (partials.dk)
+  if (partials.dk && pass == split.passes() - 1)
     execution.parallel(pairs * (partials.keys / kBlock), [&](int64_t task, int) {
       const int64_t key = task % (partials.keys / kBlock) * kBlock, slot = task / (partials.keys / kBlock);
       const int64_t pair = first_pair + slot, batch = pair / p.heads_kv, head = pair % p.heads_kv;
@@ -349,16 +354,18 @@ void backward(const BackwardProblem& problem, const Execution& execution) {
 
   for (int64_t first = 0; first < split.pairs; first += split.pairs_at_once) {
     const int64_t last = first + split.pairs_at_once < split.pairs ? first + split.pairs_at_once : split.pairs;
-    // Chunks outermost: under a causal mask the first chunks are the longest tasks.
-    execution.parallel((last - first) * split.tasks_per_pair(), [&](int64_t task, int worker) {
-      const Scratch scratch(p, plan.scratch + worker * plan.scratch_bytes);
-      const int64_t slot = task % (last - first), part = task / (last - first);
-      const TileUnit tiles;
-      BackwardTask(p, split, plan.partials, scratch, first + slot, slot, part % split.head_splits,
-                   part / split.head_splits)
-          .run();
-    });
-    add_up(p, split, plan.partials, first, last, execution);
+    for (int64_t pass = 0; pass < split.passes(); ++pass) {
+      // Chunks outermost: under a causal mask the first chunks are the longest tasks.
+      execution.parallel((last - first) * split.tasks_per_pair(), [&](int64_t task, int worker) {
+        const Scratch scratch(p, plan.scratch + worker * plan.scratch_bytes);
+        const int64_t slot = task % (last - first), part = task / (last - first);
+        const TileUnit tiles;
+        BackwardTask(p, split, plan.partials, scratch, first + slot, slot, pass, part % split.head_splits,
+                     part / split.head_splits)
+            .run();
+      });
+      add_up(p, split, plan.partials, first, last, pass, execution);
+    }
   }
 }
 
