@@ -280,6 +280,25 @@ def gpu_speed(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def slower(results: Path) -> str:
+    """Per machine, every case in which a peer was faster, the worst first."""
+    rows: dict[str, list[tuple[float, list[str]]]] = {}
+    for suite in ("attention", "one_token", *GPU_TIMED):
+        for environment, records, _ in load(results, suite):
+            lines = rows.setdefault(heading(environment), [])
+            for record in records:
+                threads = "-" if "gpu" in environment else str(record["threads"])
+                for direction in DIRECTIONS:
+                    best, ratio = best_of(record, PEERS, direction), ratio_to(record, PEERS, direction)
+                    if best and ratio is not None and ratio < 1:
+                        place = [record["name"], record["case"]["dtype"], threads, direction]
+                        lines.append((ratio, [*place, TITLES[best[1]], times(ratio)]))
+    header = ["case", "dtype", "threads", "direction", "faster", "our speed over its"]
+    return "\n\n".join(
+        f"{title}\n\n{table(header, [row for _, row in sorted(lines)])}" for title, lines in rows.items() if lines
+    )
+
+
 def gpu_error(results: Path) -> str:
     """Largest error against float64 over all cases on a GPU, per dtype and tensor."""
     found: dict[str, list[Record]] = {}
@@ -334,6 +353,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         error,
         gpu_speedup,
         gpu_speed,
+        slower,
         gpu_error,
         tried,
         plots,
