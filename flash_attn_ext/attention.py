@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _KINDS = {
     "softmax_scale": "number?",
 }
 _MERGE_KINDS = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b"), "tensor")
+_run_attention = partial(run, Attention)
 
 
 def attention(
@@ -255,23 +257,24 @@ def attend(
     max_seqlen_k: int | None = None,
     rng_state: Tensor | None = None,
     deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
+    call: Callable[..., Any] = _run_attention,
+) -> Any:
     """What every public attention function ends in: (out, lse), or an InputError of `function`.
 
     Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
+    call: what gets the arguments of the op, and deterministic, instead of the op.
     """
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
         if scale is None:
             scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
-        if sink_logits is not None:
+        if sink_logits is not None and sink_logits.is_floating_point():
             sink_logits = sink_logits.to(stats_dtype(q.dtype))
         if dropout_p > 0 and state is None:
             state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-        out, lse = run(
-            Attention,
+        result = call(
             q,
             k,
             v,
@@ -297,7 +300,7 @@ def attend(
         raise_input_error(function, error, locals(), _KINDS, unmet)
     if unmet:
         raise InputError(function, unmet)
-    return out, lse
+    return result
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

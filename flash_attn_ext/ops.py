@@ -1,7 +1,8 @@
 """Loads the op libraries and tells torch the shapes that the ops return (fake kernels).
 
-The ops are torch.ops.flash_attn_ext.{forward, backward, merge, merge_backward, softmax, softmax_backward}; their
-schemas are in the native library. Gradients and vmap are in autograd.py.
+The ops are torch.ops.flash_attn_ext.{forward, backward, merge, merge_backward, softmax, softmax_backward}, and `check`,
+which does what forward does with wrong arguments and no more; their schemas are in the native library. Gradients and
+vmap are in autograd.py.
 """
 
 from __future__ import annotations

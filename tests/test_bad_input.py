@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import flash_attn_ext
-from flash_attn_ext import InputError, attention, attention_varlen
+from flash_attn_ext import InputError, attention, attention_varlen, explain
 
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_KV, HEAD_DIM = 2, 5, 7, 4, 2, 8
 
@@ -97,6 +98,18 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "probability NaN": ({"dropout_p": math.nan}, ["dropout_p must be in [0, 1], got nan"]),
     "softcap": ({"softcap": -1.0}, ["softcap must be finite and at least 0 (0: none), got -1"]),
     "softcap infinite": ({"softcap": math.inf}, ["softcap must be finite and at least 0 (0: none), got inf"]),
+    "softcap beyond float32": (
+        {"softcap": 1e300},
+        ["softcap must be 0 or between 1.17549e-38 and 2.35866e+38, to fit in float32, got 1e+300"],
+    ),
+    "softcap below float32": (
+        {"softcap": 1e-300},
+        ["softcap must be 0 or between 1.17549e-38 and 2.35866e+38, to fit in float32, got 1e-300"],
+    ),
+    "scale beyond float32": (
+        {"softmax_scale": -1e308},
+        ["softmax_scale must be at most 2.35866e+38 in size, to fit in float32, got -1e+308"],
+    ),
     "scale NaN": ({"softmax_scale": math.nan}, ["softmax_scale must be finite, got nan"]),
     "bias shape": (
         {"bias": normal(5, 6)},
@@ -244,20 +257,32 @@ def assert_lists(error: InputError, function: str, expected: list[str]) -> None:
     assert len(error.constraints) == len(expected), text
 
 
+@pytest.mark.parametrize("function", [attention, explain])
 @pytest.mark.parametrize("name", DENSE)
-def test_attention(name: str) -> None:
+def test_attention(name: str, function: Callable[..., Any]) -> None:
+    """explain does not say that a backend takes what would raise."""
     changes, expected = DENSE[name]
     with pytest.raises(InputError) as raised:
-        attention(**dense(**changes))
-    assert_lists(raised.value, "attention", expected)
+        function(**dense(**changes))
+    assert_lists(raised.value, function.__name__, expected)
 
 
+@pytest.mark.parametrize("function", [attention_varlen, explain])
 @pytest.mark.parametrize("name", PACKED)
-def test_attention_varlen(name: str) -> None:
+def test_attention_varlen(name: str, function: Callable[..., Any]) -> None:
     changes, expected = PACKED[name]
+    if function is explain and changes == {"cu_seqlens_q": None}:  # which is no mistake without cu_seqlens_k
+        expected = ["cu_seqlens_q must be given: a packed call takes cu_seqlens_q and cu_seqlens_k"]
     with pytest.raises(InputError) as raised:
-        attention_varlen(**packed(**changes))
-    assert_lists(raised.value, "attention_varlen", expected)
+        function(**packed(**changes))
+    assert_lists(raised.value, function.__name__, expected)
+
+
+def test_float64_takes_what_float32_cannot_hold() -> None:
+    doubles = {name: x.double() for name, x in dense().items()}
+    torch.testing.assert_close(attention(**doubles, softcap=1e300), attention(**doubles))
+    small = {**doubles, "k": 1e-300 * doubles["k"]}
+    torch.testing.assert_close(attention(**small, softmax_scale=1e300), attention(**doubles, softmax_scale=1.0))
 
 
 def test_the_calls_before_the_changes_are_right() -> None:
@@ -317,12 +342,12 @@ def test_softmax(x: Any, expected: str) -> None:
 
 def test_explain_and_backends() -> None:
     with pytest.raises(InputError) as raised:
-        flash_attn_ext.explain(normal(5, 4, 8), normal(2, 7, 2, 8), normal(7), window_size=(0, -5))
+        explain(normal(5, 4, 8), normal(2, 7, 2, 8), normal(7), window_size=(0, -5))
     assert_lists(
         raised.value, "explain", ["window_size must be", "q must have 4 dimensions", "v must have 4 dimensions"]
     )
-    with pytest.raises(InputError, match="got 'int32'"):
-        flash_attn_ext.explain(*(x.int() for x in dense().values()))
+    with pytest.raises(InputError, match="device must be 'cpu' or 'cuda', got 'abacus'"):
+        explain(**dense(), device="abacus")
     with pytest.raises(InputError, match="'abacus'"), flash_attn_ext.backends("abacus"):
         pass
 
