@@ -4,6 +4,7 @@ the place of torch.nn.MultiheadAttention."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class FlashAttention(nn.Module):
     Args:
         causal, window_size, softmax_scale, softcap, deterministic: as in `attention`.
         dropout_p: applied in training mode only.
-        alibi_slopes: (heads,) or (batch, heads), kept as a buffer that is not saved.
+        alibi_slopes: (heads,) or (batch, heads) float32, kept as a buffer that is not saved, and in float32 whatever
+            dtype the module is converted to.
         sinks: (heads,), kept as a parameter.
     """
 
@@ -86,6 +88,15 @@ class FlashAttention(nn.Module):
         return attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlashAttention:
+        """What .to(), .bfloat16() and their like do to parameters and buffers."""
+        before = self.alibi_slopes
+        super()._apply(fn, recurse)
+        after = self.alibi_slopes
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.alibi_slopes = before.to(after.device)  # not cast back: the values may have been rounded
+        return self
 
     def extra_repr(self) -> str:
         window = "" if tuple(self.window_size) == (-1, -1) else f", window_size={self.window_size}"
