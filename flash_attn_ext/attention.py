@@ -61,12 +61,14 @@ def attention(
         causal: row i sees keys j <= i + shift: the diagonal ends in the bottom right corner.
         window_size: (left, right): row i sees keys i + shift - left <= j <= i + shift + right; -1 is no limit. causal
             makes right 0.
-        softmax_scale: any float; None is 1 / sqrt(head_dim).
-        softcap: limits scores to (-softcap, softcap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off.
+        softmax_scale: any number that float32 holds (beside float64 inputs: float64); None is 1 / sqrt(head_dim).
+        softcap: limits scores to (-softcap, softcap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off. Neither of the
+            two has a gradient: tensors that require one are refused.
         bias: added to the scores; broadcasts to (batch, heads, seqlen_q, seqlen_k); q's dtype or float32. Has a
             gradient, in its own shape.
         mask: bool, broadcasts like bias; True = attend.
-        alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409).
+        alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409). No gradient: refused if they
+            require one.
         sinks: (heads,) logits that take part in the softmax without a value, and have a gradient.
         dropout_p: probability, 0 to 1, with which elements of the softmax are dropped (the rest is scaled by
             1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.

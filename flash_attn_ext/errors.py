@@ -47,7 +47,7 @@ def raise_input_error(
 
     kinds: for each argument that has one, its kind. unmet: constraints that are known to be unmet already.
     """
-    constraints = [*unmet, *(_wrong_kinds(arguments, kinds) or constraints_of(error))]
+    constraints = [*unmet, *(constraints_of(error) or _wrong_kinds(arguments, kinds))]
     if not constraints or isinstance(error, InputError):
         raise error
     raise InputError(function, constraints) from None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import flash_attn_ext
 from flash_attn_ext import InputError, attention, attention_varlen, explain
@@ -288,6 +289,58 @@ def test_float64_takes_what_float32_cannot_hold() -> None:
 def test_the_calls_before_the_changes_are_right() -> None:
     assert attention(**dense()).isfinite().all()
     assert attention_varlen(**packed()).isfinite().all()
+
+
+WITHOUT_GRADIENT = {"alibi_slopes": normal(HEADS), "softmax_scale": torch.tensor(0.3), "softcap": torch.tensor(5.0)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("function", [attention, attention_varlen, flash_attn_ext.flash_attn_func])
+def test_derivatives_that_there_are_not(name: str, function: Callable[..., Any]) -> None:
+    """A zero instead would be silent: a parameter that never learns."""
+    arguments = packed() if function is attention_varlen else dense()
+    given = WITHOUT_GRADIENT[name]
+
+    def call(x: Tensor) -> Tensor:
+        return function(**arguments, **{name: x}).sum()
+
+    def dual(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(x, x))
+
+    learning = given.clone().requires_grad_()
+    calls: list[Callable[[], Any]] = [
+        lambda: call(learning),
+        lambda: torch.func.grad(call)(given),
+        lambda: torch.func.jvp(call, (given,), (given,)),
+        lambda: dual(given),
+    ]
+    if name == "alibi_slopes":
+        calls += [
+            lambda: torch.vmap(torch.func.grad(call))(given[None]),
+            lambda: torch.func.grad(lambda x: torch.vmap(call)(x).sum())(given[None]),
+        ]
+    for wrong in calls:
+        with pytest.raises(InputError) as raised:
+            wrong()
+        detach = f"{name} has no gradient, and must not require one: pass {name}.detach()"
+        assert_lists(raised.value, function.__name__, [detach])
+
+    expected = call(given)
+    arguments["q"].requires_grad_()
+    assert torch.equal(call(learning.detach()), expected)
+    with torch.no_grad():
+        assert torch.equal(call(learning), expected)
+
+
+def test_compiled_calls_refuse_derivatives_too() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    slopes = normal(HEADS)
+    torch.testing.assert_close(compiled(**dense(), alibi_slopes=slopes), attention(**dense(), alibi_slopes=slopes))
+    with pytest.raises(RuntimeError, match="alibi_slopes has no gradient"):
+        compiled(**dense(), alibi_slopes=slopes.requires_grad_())
+    torch._dynamo.reset()
 
 
 def test_gradients_are_checked_as_well() -> None:
