@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Attention, Merge, Softmax, run
-from .errors import InputError, raise_input_error
+from .errors import InputError, as_integer, raise_input_error
 from .ops import stats_dtype
 
 # (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
@@ -228,8 +228,10 @@ def softmax(x: Tensor) -> Tensor:
 
 def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[str]]:
     """The window of the ops from the public convention, and the constraints that window_size does not meet."""
-    sides = tuple(window_size) if isinstance(window_size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
+    sides = tuple(map(as_integer, window_size)) if isinstance(window_size, Sequence) else ()
+    if any(side is not None and side >= 2**63 for side in sides):
+        return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
+    if len(sides) != 2 or not all(side is not None and side >= -1 for side in sides):
         line = f"window_size must be two integers (left, right), each -1 (no limit) or at least 0, got {window_size!r}"
         return (None, None), [line]
     left, right = sides

@@ -106,7 +106,7 @@ def explain(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         # Stands for the state that the call would draw from torch's generator.
-        rng_state=q.new_empty(2, dtype=torch.int64) if is_tensor else None,
+        rng_state=torch.empty(2, dtype=torch.int64, device=q.device) if is_tensor else None,
         deterministic=deterministic,
         call=partial(_explained, device),
     )
@@ -116,6 +116,8 @@ def explain(
 def _explained(device: str, *arguments: Any) -> Explanation:
     """arguments: those of the op forward, and deterministic."""
     *op_arguments, deterministic = arguments
+    if any(isinstance(x, Tensor) and x.layout != torch.strided for x in op_arguments):
+        raise NotImplementedError("forward is not there for such tensors, though check is")
     batch, seqlen_q, seqlen_k = ops.check(*op_arguments)
     q, k, v = op_arguments[:3]
     given = dict(zip(OPTIONAL_TENSORS, op_arguments[3:], strict=False))
