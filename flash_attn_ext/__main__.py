@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
-from .errors import InputError
 from .explain import Explanation, explain
 from .ops import CUDA_LIBRARY, LIBRARY, cuda_library_status
 from .verify import checks, cuda_ops_loaded
@@ -77,8 +76,11 @@ def _facts() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-    limit = _C.backends()
-    yield "backends", f"only {', '.join(limit)} (FAE_BACKENDS)" if limit else "all that are loaded"
+    try:
+        limit = _C.backends()
+        yield "backends", f"only {', '.join(limit)} (FAE_BACKENDS)" if limit else "all that are loaded"
+    except ValueError as error:  # a wrong FAE_BACKENDS
+        yield "backends", str(error)
 
 
 def _verify(_: argparse.Namespace) -> int:
@@ -118,7 +120,7 @@ def _size(text: str) -> int:
 def _explain(options: argparse.Namespace) -> int:
     try:
         explanation = _explanation(options)
-    except InputError as error:
+    except ValueError as error:  # InputError, or a wrong FAE_BACKENDS
         print(error, file=sys.stderr)
         return 2
     print(explanation)
