@@ -218,8 +218,9 @@ def error_table(records: list[Record]) -> str:
     for dtype in dict.fromkeys(record["case"]["dtype"] for record in records):
         for candidate, title in measured(records).items():
             found = [r["candidates"].get(candidate, {}).get("error") for r in records if r["case"]["dtype"] == dtype]
-            worst = [max(e[name] for e in found if e) for name in tensors] if any(found) else []
-            rows.append([dtype, title, *(f"{value:.1e}" for value in worst)])
+            if any(found):  # else it does not take this dtype
+                worst = [max(e[name] for e in found if e) for name in tensors]
+                rows.append([dtype, title, *(f"{value:.1e}" for value in worst)])
     return table(["dtype", "candidate", *tensors], rows)
 
 

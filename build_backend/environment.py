@@ -23,6 +23,9 @@ spec = importlib.util.find_spec("torch")
 print(spec.submodule_search_locations[0] if spec else "")
 """
 CUDA_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-nvvm")
+# Folders in which front ends make the venv of an isolated build: build-env-* (build), pip-build-env-* (pip),
+# pdm-build-env-* (PDM), builds-v0 (uv).
+ISOLATED = re.compile(r"^(\w+-)?build-env-|^builds-v\d+$")
 DEFAULT_CUDA = "13.0"  # for a torch that was built without CUDA
 
 
@@ -39,7 +42,8 @@ def torch_dir() -> Path:
 
     Build isolation hides that environment's packages, but not its interpreter: pip runs the build with it, and other
     front ends run the build in a venv of their own that records, or has on its PATH, the one that it came from. So
-    each of these interpreters is asked, without the isolation's variables, which torch it sees.
+    each of these interpreters is asked, without the isolation's variables, which torch it sees. Outside such a venv
+    none but the running one is: the others' torch is not what the package will run with.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
@@ -136,6 +140,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _target_interpreters() -> Iterator[str]:
     """Interpreters of this Python version whose environment may be the one that is being installed into."""
     yield sys.executable
+    if not any(ISOLATED.search(part) for part in Path(sys.prefix).parts):
+        return
     config = Path(sys.prefix, "pyvenv.cfg")
     made_by = re.search(r"^command = (.+?) -m venv ", config.read_text(), re.MULTILINE) if config.exists() else None
     if made_by:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
-from .explain import explain
+from .explain import Explanation, explain
 from .ops import CUDA_LIBRARY, LIBRARY, cuda_library_status
 from .verify import checks, cuda_ops_loaded
 
@@ -76,8 +76,11 @@ def _facts() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-    limit = _C.backends()
-    yield "backends", f"only {', '.join(limit)} (FAE_BACKENDS)" if limit else "all that are loaded"
+    try:
+        limit = _C.backends()
+        yield "backends", f"only {', '.join(limit)} (FAE_BACKENDS)" if limit else "all that are loaded"
+    except ValueError as error:  # a wrong FAE_BACKENDS
+        yield "backends", str(error)
 
 
 def _verify(_: argparse.Namespace) -> int:
@@ -98,7 +101,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     sizes = {"batch": 1, "seqlen-q": 2048, "seqlen-k": None, "heads": 16, "heads-kv": None, "head-dim": 128}
     for name, default in {**sizes, "head-dim-v": None}.items():
         beside = "" if default else f" (default: {name.rpartition('-')[0].replace('seqlen', 'seqlen-q')})"
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=beside)
+        parser.add_argument(f"--{name}", type=_size, default=default, metavar="N", help=beside)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
@@ -108,7 +111,23 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", action="store_true")
 
 
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
 def _explain(options: argparse.Namespace) -> int:
+    try:
+        explanation = _explanation(options)
+    except ValueError as error:  # InputError, or a wrong FAE_BACKENDS
+        print(error, file=sys.stderr)
+        return 2
+    print(explanation)
+    return 0 if explanation.backend else 1
+
+
+def _explanation(options: argparse.Namespace) -> Explanation:
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -116,7 +135,7 @@ def _explain(options: argparse.Namespace) -> int:
     seqlen_k = options.seqlen_q if options.seqlen_k is None else options.seqlen_k
     heads_kv = options.heads if options.heads_kv is None else options.heads_kv
     head_dim_v = options.head_dim if options.head_dim_v is None else options.head_dim_v
-    explanation = explain(
+    return explain(
         tensor(options.batch, options.seqlen_q, options.heads, options.head_dim, dtype=dtype),
         tensor(options.batch, seqlen_k, heads_kv, options.head_dim, dtype=dtype),
         tensor(options.batch, seqlen_k, heads_kv, head_dim_v, dtype=dtype),
@@ -130,8 +149,6 @@ def _explain(options: argparse.Namespace) -> int:
         sinks=tensor(options.heads) if options.sinks else None,
         device=options.device,
     )
-    print(explanation)
-    return 0 if explanation.backend else 1
 
 
 def _bench(arguments: list[str]) -> int:

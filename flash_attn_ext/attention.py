@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import Attention, Merge, Softmax, run
-from .errors import InputError, raise_input_error
+from .errors import InputError, as_integer, raise_input_error
 from .ops import stats_dtype
 
 # (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
@@ -24,6 +25,7 @@ _KINDS = {
     "softmax_scale": "number?",
 }
 _MERGE_KINDS = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b"), "tensor")
+_run_attention = partial(run, Attention)
 
 
 def attention(
@@ -59,12 +61,14 @@ def attention(
         causal: row i sees keys j <= i + shift: the diagonal ends in the bottom right corner.
         window_size: (left, right): row i sees keys i + shift - left <= j <= i + shift + right; -1 is no limit. causal
             makes right 0.
-        softmax_scale: any float; None is 1 / sqrt(head_dim).
-        softcap: limits scores to (-softcap, softcap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off.
+        softmax_scale: any number that float32 holds (beside float64 inputs: float64); None is 1 / sqrt(head_dim).
+        softcap: limits scores to (-softcap, softcap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off. Neither of the
+            two has a gradient: tensors that require one are refused.
         bias: added to the scores; broadcasts to (batch, heads, seqlen_q, seqlen_k); q's dtype or float32. Has a
             gradient, in its own shape.
         mask: bool, broadcasts like bias; True = attend.
-        alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409).
+        alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409). No gradient: refused if they
+            require one.
         sinks: (heads,) logits that take part in the softmax without a value, and have a gradient.
         dropout_p: probability, 0 to 1, with which elements of the softmax are dropped (the rest is scaled by
             1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.
@@ -224,8 +228,10 @@ def softmax(x: Tensor) -> Tensor:
 
 def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[str]]:
     """The window of the ops from the public convention, and the constraints that window_size does not meet."""
-    sides = tuple(window_size) if isinstance(window_size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
+    sides = tuple(map(as_integer, window_size)) if isinstance(window_size, Sequence) else ()
+    if any(side is not None and side >= 2**63 for side in sides):
+        return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
+    if len(sides) != 2 or not all(side is not None and side >= -1 for side in sides):
         line = f"window_size must be two integers (left, right), each -1 (no limit) or at least 0, got {window_size!r}"
         return (None, None), [line]
     left, right = sides
@@ -255,23 +261,24 @@ def attend(
     max_seqlen_k: int | None = None,
     rng_state: Tensor | None = None,
     deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
+    call: Callable[..., Any] = _run_attention,
+) -> Any:
     """What every public attention function ends in: (out, lse), or an InputError of `function`.
 
     Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
+    call: what gets the arguments of the op, and deterministic, instead of the op.
     """
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
         if scale is None:
             scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
-        if sink_logits is not None:
+        if sink_logits is not None and sink_logits.is_floating_point():
             sink_logits = sink_logits.to(stats_dtype(q.dtype))
         if dropout_p > 0 and state is None:
             state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-        out, lse = run(
-            Attention,
+        result = call(
             q,
             k,
             v,
@@ -297,7 +304,7 @@ def attend(
         raise_input_error(function, error, locals(), _KINDS, unmet)
     if unmet:
         raise InputError(function, unmet)
-    return out, lse
+    return result
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

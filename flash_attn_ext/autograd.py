@@ -9,7 +9,7 @@ Kernels compute results and gradients; derivatives beyond are in derivatives.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,19 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import Function, forward_ad
 
 from . import batching, derivatives, reference
+from .errors import InputError
 from .ops import OPTIONAL_TENSORS, ops
 
 # Places among the arguments of the op forward: q, k, v, nine optional tensors, then numbers.
 _BIAS, _SINKS, _FIRST_NUMBER = 3, 6, 12
 _TENSORS = ("q", "k", "v", *OPTIONAL_TENSORS)
+# What could learn but has no gradient, by place, and what has one instead.
+_WITHOUT_GRADIENT = {
+    5: ("alibi_slopes", "; slopes that learn can be added to the scores through bias, which has one"),
+    16: ("softmax_scale", "; a scale that learns can multiply q instead, with softmax_scale=1"),
+    17: ("softcap", ""),
+    18: ("dropout_p", ""),
+}
 
 
 def run(function: type[Function], *args: Any) -> Any:
@@ -45,6 +53,20 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
+
+
+def refuse_derivatives(wanted: Sequence[Any]) -> None:
+    """Where a derivative that attention does not have is wanted, an error rather than zero.
+
+    wanted: for each argument of the op forward, whether its derivative is.
+    """
+    lines = [
+        f"{name} has no gradient, and must not require one: pass {name}.detach(){instead}"
+        for place, (name, instead) in _WITHOUT_GRADIENT.items()
+        if wanted[place]
+    ]
+    if lines:
+        raise RuntimeError(str(InputError("forward", lines)))
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -112,6 +134,7 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        refuse_derivatives(ctx.needs_input_grad)
         _save(ctx, *output, *inputs[:_FIRST_NUMBER])
         ctx.numbers = inputs[_FIRST_NUMBER:]
         ctx.set_materialize_grads(False)
@@ -136,6 +159,7 @@ class Attention(Function):
     @staticmethod
     @derivatives.forward_mode
     def jvp(ctx: Any, saved: tuple[Tensor, ...], *directions: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_derivatives([direction is not None for direction in directions])
         out, lse, *tensors = saved
         given = dict(zip(_TENSORS, tensors, strict=True))
         along = dict(zip(_TENSORS, directions, strict=False))

@@ -26,6 +26,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from . import reference
+from .errors import InputError
 from .ops import stats_dtype
 
 TILE = 128  # keys; a multiple of the 16 by which dropout numbers its blocks
@@ -95,7 +96,13 @@ def directional(function: Function, variables: Tensors, directions: Tensors) -> 
     if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
         along: Tensors = torch.func.jvp(function, variables, directions)[1]
         return along
-    # Inside torch.autograd.forward_ad, where torch.func.jvp refuses to open a level of its own: this one serves.
+    # Inside torch.autograd.forward_ad, torch.func.jvp refuses to open a level of its own.
+    if torch._C._are_functorch_transforms_active():
+        # What is here is differentiated in reverse, and duals of a live level would keep that graph until the level
+        # ends: a tangent's graph saves the dual, which holds the tangent. The transpose of the transpose has no duals.
+        zeros = tuple(torch.zeros_like(x) for x in function(*variables))
+        return transposed(lambda *x: transposed(function, variables, x), zeros, directions)
+    # The live level serves.
     with forward_ad._set_fwd_grad_enabled(True):
         results = function(*(forward_ad.make_dual(x, t) for x, t in zip(variables, directions, strict=True)))
         parts = [forward_ad.unpack_dual(x) for x in results]
@@ -192,6 +199,9 @@ def _weighted_of(
 def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """One sequence after the other; rows after the last one belong to none, and are 0."""
     q, k, v, lse, cu_q, cu_k = (given[name] for name in ("q", "k", "v", "lse", "cu_seqlens_q", "cu_seqlens_k"))
+    if _is_mapped(cu_q) or _is_mapped(cu_k):
+        line = "cu_seqlens_q and cu_seqlens_k must be the same for all members of a torch.vmap of derivatives"
+        raise InputError("attention_varlen", [f"{line} other than the gradient, got mapped ones"])
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     outs, sums = [], []
     for b in range(len(starts_q) - 1):
@@ -214,6 +224,15 @@ def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
     outs.append(lse.new_zeros(tail, q.shape[1], v.shape[-1]))
     sums.append(lse.new_zeros(q.shape[1], tail))
     return torch.cat(outs), torch.cat(sums, -1)
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether torch.vmap maps over a dimension of x, at any level."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def _dense(given: Given, numbers: Numbers, first_batch: int) -> tuple[Tensor, Tensor]:

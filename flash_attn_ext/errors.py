@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 _PREFIX = "flash_attn_ext."
 _BULLET = "- "
 
+
+def _is_dense(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and not x.is_nested and x.layout == torch.strided
+
+
+def _is_number(x: object) -> bool:
+    if not isinstance(x, (Real, torch.Tensor)):
+        return isinstance(x, (torch.SymFloat, torch.SymInt))
+    try:
+        float(x)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # too large, or a tensor of several
+        return False
+    return True
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, torch.SymInt) or ((n := as_integer(x)) is not None and -(2**63) <= n < 2**63)
+
+
+def as_integer(x: Any) -> int | None:
+    """An int from whatever stands for one, such as numpy's; None where nothing does."""
+    if isinstance(x, int):
+        return x
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
 # What an argument may be, by the word that tables of arguments use for it; "?" after the word allows None too.
-_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "tensor": ("a torch.Tensor", (torch.Tensor,)),
-    "number": ("a number", (Real, torch.SymFloat, torch.SymInt)),
-    "integer": ("an integer", (int, torch.SymInt)),
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "tensor": ("a torch.Tensor", _is_dense),
+    "number": ("a number", _is_number),
+    "integer": ("an integer", _is_integer),
 }
 
 
@@ -47,7 +77,7 @@ def raise_input_error(
 
     kinds: for each argument that has one, its kind. unmet: constraints that are known to be unmet already.
     """
-    constraints = [*unmet, *(_wrong_kinds(arguments, kinds) or constraints_of(error))]
+    constraints = [*unmet, *(constraints_of(error) or _wrong_kinds(arguments, kinds))]
     if not constraints or isinstance(error, InputError):
         raise error
     raise InputError(function, constraints) from None
@@ -62,14 +92,23 @@ def constraints_of(error: Exception) -> list[str]:
 def _wrong_kinds(arguments: Mapping[str, object], kinds: Mapping[str, str]) -> list[str]:
     lines = []
     for name, kind in kinds.items():
-        words, types = _KINDS[kind.removesuffix("?")]
+        words, is_kind = _KINDS[kind.removesuffix("?")]
         if name not in arguments:
             continue
         value = arguments[name]
         optional = kind.endswith("?")
-        if not isinstance(value, types) and not (optional and value is None):
-            text = repr(value)
-            kind_given = type(value).__name__
-            given = text if value is None else f"{kind_given} {text}" if len(text) <= 60 else f"a {kind_given}"
-            lines.append(f"{name} must be {words}{' or None' if optional else ''}, got {given}")
+        if not is_kind(value) and not (optional and value is None):
+            lines.append(f"{name} must be {words}{' or None' if optional else ''}, got {shown(value)}")
     return lines
+
+
+def shown(value: object) -> str:
+    """A value of the wrong kind, in the words of an error."""
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "a nested tensor (sequences of different lengths: attention_varlen)"
+    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+        return f"a tensor of layout {value.layout}"
+    kind, text = type(value).__name__, repr(value)
+    if isinstance(value, int) and not _is_integer(value):
+        return f"{kind} {text}, more than 64 bits hold" if len(text) <= 60 else f"{kind} of more than 64 bits"
+    return text if value is None else f"{kind} {text}" if len(text) <= 60 else f"a {kind}"

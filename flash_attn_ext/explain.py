@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _C
-from .attention import autocast, window_of
+from .attention import attend, window_of
 from .errors import InputError
+from .ops import OPTIONAL_TENSORS, ops
+
+# Of these optional tensors it only counts whether they are given.
+_GIVEN = ("bias", "mask", "alibi_slopes", "sinks", "seqused_q", "seqused_k")
 
 
 @dataclass(frozen=True)
@@ -68,54 +74,74 @@ def explain(
         An `Explanation`.
 
     Raises:
-        InputError: q, k or v have the wrong number of dimensions or a dtype without kernels, or window_size is wrong.
-            Other constraints are left to the call itself.
+        InputError: what the call itself would raise, or device is another one.
     """
     window, unmet = window_of(causal, window_size)
-    packed = cu_seqlens_q is not None
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dim() != (3 if packed else 4):
-            layout = "3 dimensions beside cu_seqlens" if packed else "4 dimensions"
-            unmet.append(f"{name} must have {layout}, got shape {tuple(x.shape)}")
-    if unmet:
-        raise InputError("explain", unmet)
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    is_tensor = isinstance(q, Tensor)
+    if device is None:
+        device = q.device.type if is_tensor and q.device.type != "meta" else "cpu"
+    if device not in ("cpu", "cuda"):
+        unmet.append(f"device must be 'cpu' or 'cuda', got {device!r}")
+    found: Explanation = attend(
+        "explain",
+        q,
+        k,
+        v,
+        unmet,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        # Stands for the state that the call would draw from torch's generator.
+        rng_state=torch.empty(2, dtype=torch.int64, device=q.device) if is_tensor else None,
+        deterministic=deterministic,
+        call=partial(_explained, device),
+    )
+    return found
 
-    *batch, seqlen_q, heads, head_dim = q.shape
-    _, seqlen_k, heads_kv, _ = (1, *k.shape)[-4:]
-    if cu_seqlens_q is not None:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        batch = [cu_seqlens_q.numel() - 1]
-        seqlen_q = _longest(cu_seqlens_q, max_seqlen_q, seqlen_q)
-        seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, seqlen_k)
+
+def _explained(device: str, *arguments: Any) -> Explanation:
+    """arguments: those of the op forward, and deterministic."""
+    *op_arguments, deterministic = arguments
+    if any(isinstance(x, Tensor) and x.layout != torch.strided for x in op_arguments):
+        raise NotImplementedError("forward is not there for such tensors, though check is")
+    batch, seqlen_q, seqlen_k = ops.check(*op_arguments)
+    q, k, v = op_arguments[:3]
+    given = dict(zip(OPTIONAL_TENSORS, op_arguments[3:], strict=False))
+    left, right, softmax_scale, softcap, dropout_p, _ = op_arguments[-6:]
     facts: dict[str, Any] = {
-        "device": device or ("cpu" if q.device.type == "meta" else q.device.type),
-        "dtype": str(autocast(q, k, v, None)[0].dtype).removeprefix("torch."),
-        "batch": batch[0],
+        "device": device,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "batch": batch,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        "heads": heads,
-        "heads_kv": heads_kv,
-        "head_dim": head_dim,
+        "heads": q.shape[-2],
+        "heads_kv": k.shape[-2],
+        "head_dim": q.shape[-1],
         "head_dim_v": v.shape[-1],
-        "packed": packed,
-        "seqused_q": seqused_q is not None,
-        "seqused_k": seqused_k is not None,
-        "window_left": window[0],
-        "window_right": window[1],
-        "softmax_scale": head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        "packed": given["cu_seqlens_q"] is not None,
+        **{name: given[name] is not None for name in _GIVEN},
+        "window_left": left,
+        "window_right": right,
+        "softmax_scale": softmax_scale,
         "softcap": softcap,
-        "bias": bias is not None,
-        "mask": mask is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "sinks": sinks is not None,
         "dropout_p": dropout_p,
         "deterministic": deterministic,
     }
-    try:
-        candidates = list(zip(_C.explain(**facts), _C.explain(**facts, backward=True), strict=True))
-    except ValueError as error:
-        raise InputError("explain", [str(error)]) from None
-
+    candidates = zip(_C.explain(**facts), _C.explain(**facts, backward=True), strict=True)
     backend = kernel = backward_kernel = None
     declined = {}
     for forward, backward in candidates:
@@ -125,15 +151,6 @@ def explain(
             why = forward["reasons"] or [f"it would take the call, but {backend} comes first"]
             declined[forward["backend"]] = tuple(why)
     return Explanation(backend, kernel, backward_kernel, declined)
-
-
-def _longest(cu_seqlens: Tensor, hint: int | None, total: int) -> int:
-    """What is known of the longest sequence without waiting for a device."""
-    if hint is not None:
-        return hint
-    if cu_seqlens.device.type != "cpu" or cu_seqlens.numel() < 2:
-        return total
-    return int(cu_seqlens.diff().max())
 
 
 @contextmanager

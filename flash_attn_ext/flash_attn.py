@@ -12,13 +12,14 @@ every unmet constraint.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import attend, window_of
-from .errors import InputError
+from .errors import InputError, as_integer, shown
 from .padding import pad_input
 from .reference import dropout_keep_mask
 
@@ -156,8 +157,9 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _unpack(function: str, name: str, packed: Tensor, count: int, layout: str) -> tuple[Tensor, ...]:
     rank = layout.count(",") + 1
-    if not isinstance(packed, Tensor) or packed.dim() != rank or packed.shape[-3] != count:
-        given = f"shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+    is_dense = isinstance(packed, Tensor) and not packed.is_nested
+    if not is_dense or packed.dim() != rank or packed.shape[-3] != count:
+        given = f"shape {tuple(packed.shape)}" if is_dense else shown(packed)
         raise InputError(function, [f"{name} must be a tensor of shape {layout}, got {given}"])
     return packed.unbind(-3)
 
@@ -167,17 +169,18 @@ def _attend(
 ) -> Any:
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs = options
     if isinstance(window_size, (tuple, list)):
-        window_size = tuple(max(side, -1) if isinstance(side, int) else side for side in window_size)
+        window_size = tuple(side if (n := as_integer(side)) is None else max(n, -1) for side in window_size)
     window, unmet = window_of(causal, window_size)
     scores = {
         "window": window,
         "softmax_scale": softmax_scale,
-        "softcap": max(softcap, 0.0) if isinstance(softcap, (int, float)) else softcap,
+        "softcap": max(softcap, 0.0) if isinstance(softcap, Real) else softcap,
         "alibi_slopes": alibi_slopes,
         **dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True)),
     }
-    with_dropped = return_attn_probs and isinstance(dropout_p, float) and dropout_p > 0
-    rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device) if with_dropped else None
+    rng_state = None
+    if return_attn_probs and isinstance(q, Tensor) and isinstance(dropout_p, (Real, Tensor)) and float(dropout_p) > 0:
+        rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
     out, lse = attend(
         function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
     )
@@ -199,7 +202,7 @@ def _probabilities(
     columns = torch.arange(k.shape[-3], device=k.device)
     if scores["cu_seqlens_k"] is not None:
         columns, _ = _places(scores["cu_seqlens_k"], len(columns))
-        seqlen_q, seqlen_k = scores["max_seqlen_q"], scores["max_seqlen_k"]
+        seqlen_q, seqlen_k = (_longest(scores[f"cu_seqlens_{x}"], scores[f"max_seqlen_{x}"]) for x in "qk")
     else:
         seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     blocks = []
@@ -216,6 +219,10 @@ def _probabilities(
     batch, _, heads, _ = p.shape
     keep = dropout_keep_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p)
     return torch.where(keep, p.transpose(1, 2), -p.transpose(1, 2))
+
+
+def _longest(cu_seqlens: Tensor, hint: int | None) -> int:
+    return int(hint if hint is not None else cu_seqlens.diff().max() if len(cu_seqlens) > 1 else 0)
 
 
 def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

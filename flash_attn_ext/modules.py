@@ -4,6 +4,7 @@ the place of torch.nn.MultiheadAttention."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, pad
 
 from .attention import attend, attention, attention_varlen
-from .errors import InputError
+from .errors import InputError, raise_input_error
+
+_KINDS = {
+    **dict.fromkeys(("query", "key", "value"), "tensor"),
+    **dict.fromkeys(("key_padding_mask", "attn_mask"), "tensor?"),
+}
 
 
 class FlashAttention(nn.Module):
@@ -20,7 +26,8 @@ class FlashAttention(nn.Module):
     Args:
         causal, window_size, softmax_scale, softcap, deterministic: as in `attention`.
         dropout_p: applied in training mode only.
-        alibi_slopes: (heads,) or (batch, heads), kept as a buffer that is not saved.
+        alibi_slopes: (heads,) or (batch, heads) float32, kept as a buffer that is not saved, and in float32 whatever
+            dtype the module is converted to.
         sinks: (heads,), kept as a parameter.
     """
 
@@ -87,6 +94,15 @@ class FlashAttention(nn.Module):
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlashAttention:
+        """What .to(), .bfloat16() and their like do to parameters and buffers."""
+        before = self.alibi_slopes
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.alibi_slopes
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.alibi_slopes = before.to(after.device)  # not cast back: the values may have been rounded
+        return self
+
     def extra_repr(self) -> str:
         window = "" if tuple(self.window_size) == (-1, -1) else f", window_size={self.window_size}"
         return f"causal={self.causal}{window}, dropout_p={self.dropout_p}"
@@ -134,40 +150,43 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             InputError: a ValueError and TypeError that lists every unmet constraint.
         """
-        ranks = (query.dim(), key.dim(), value.dim())
-        if ranks not in ((2, 2, 2), (3, 3, 3)):
-            line = f"query, key and value must all have 2 dimensions (unbatched) or 3 (batched), got {ranks}"
-            raise InputError("MultiheadAttention", [line])
-        batched = query.dim() == 3
-        if not batched:
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        try:
+            ranks = (query.dim(), key.dim(), value.dim())
+            if ranks not in ((2, 2, 2), (3, 3, 3)):
+                line = f"query, key and value must all have 2 dimensions (unbatched) or 3 (batched), got {ranks}"
+                raise InputError("MultiheadAttention", [line])
+            batched = query.dim() == 3
+            if not batched:
+                key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
 
-        def batch_first(x: Tensor) -> Tensor:
-            return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
+            def batch_first(x: Tensor) -> Tensor:
+                return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
 
-        self_attention = query is key and key is value
-        query, key, value = batch_first(query), batch_first(key), batch_first(value)
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+            self_attention = query is key and key is value
+            query, key, value = batch_first(query), batch_first(key), batch_first(value)
+            self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
 
-        q, k, v = self._project(query, key, value, self_attention)
-        bias, mask = self._masks(q, key_padding_mask, attn_mask, k.shape[1] - key.shape[1])
-        dropout_p = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            out, weights = _attention_with_weights(q, k, v, bias, mask, dropout_p)
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            hint = is_causal and key_padding_mask is None and k.shape[1] == key.shape[1]
-            # attn_mask's diagonal starts in the top left corner, that of the window ends in the bottom right one.
-            window = (None, q.shape[1] - k.shape[1] if hint else None)
-            bias, mask = (None, None) if hint else (bias, mask)
-            options: dict[str, Any] = {"window": window, "bias": bias, "mask": mask, "dropout_p": dropout_p}
-            out, _ = attend("MultiheadAttention", q, k, v, **options)
-        out = self.out_proj(out.flatten(2))
+            q, k, v = self._project(query, key, value, self_attention)
+            bias, mask = self._masks(q, key_padding_mask, attn_mask, k.shape[1] - key.shape[1])
+            dropout_p = self.dropout if self.training else 0.0
+            weights = None
+            if need_weights:
+                out, weights = _attention_with_weights(q, k, v, bias, mask, dropout_p)
+                weights = weights.mean(1) if average_attn_weights else weights
+            else:
+                hint = is_causal and key_padding_mask is None and k.shape[1] == key.shape[1]
+                # attn_mask's diagonal starts in the top left corner, that of the window ends in the bottom right one.
+                window = (None, q.shape[1] - k.shape[1] if hint else None)
+                bias, mask = (None, None) if hint else (bias, mask)
+                options: dict[str, Any] = {"window": window, "bias": bias, "mask": mask, "dropout_p": dropout_p}
+                out, _ = attend("MultiheadAttention", q, k, v, **options)
+            out = self.out_proj(out.flatten(2))
 
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
+            if not batched:
+                return out.squeeze(0), None if weights is None else weights.squeeze(0)
+            return out if self.batch_first else out.transpose(0, 1), weights
+        except Exception as error:
+            raise_input_error("MultiheadAttention", error, locals(), _KINDS)
 
     def _check(
         self,
@@ -181,7 +200,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Constraints on batch-first tensors."""
         unmet = []
         widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        weight = self.out_proj.weight
         for name, x in {"query": query, "key": key, "value": value}.items():
+            if x.device != weight.device:
+                unmet.append(f"{name} must be on the parameters' device {weight.device}, got {x.device}")
+            if x.dtype != weight.dtype and not _autocast_takes(x):
+                unmet.append(f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}")
             if x.shape[-1] != widths[name] or x.shape[0] != query.shape[0]:
                 unmet.append(
                     f"{name} must have {widths[name]} features and query's batch {query.shape[0]}, got shape "
@@ -251,6 +275,12 @@ class MultiheadAttention(nn.MultiheadAttention):
                     added = added.to(q.dtype)
                 bias = added if bias is None else bias + added
         return bias, mask
+
+
+def _autocast_takes(x: Tensor) -> bool:
+    device = x.device.type
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return casts and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _attention_with_weights(

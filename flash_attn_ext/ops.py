@@ -1,7 +1,8 @@
 """Loads the op libraries and tells torch the shapes that the ops return (fake kernels).
 
-The ops are torch.ops.flash_attn_ext.{forward, backward, merge, merge_backward, softmax, softmax_backward}; their
-schemas are in the native library. Gradients and vmap are in autograd.py.
+The ops are torch.ops.flash_attn_ext.{forward, backward, merge, merge_backward, softmax, softmax_backward}, and `check`,
+which does what forward does with wrong arguments and no more; their schemas are in the native library. Gradients and
+vmap are in autograd.py.
 """
 
 from __future__ import annotations
@@ -20,32 +21,33 @@ LIBRARY = _FOLDER / "libflash_attn_ext.so"
 CUDA_LIBRARY = _FOLDER / "libflash_attn_ext_cuda.so"
 
 
-def _load() -> str:
-    """Loads what is there; returns in words what became of the CUDA library."""
+def _load() -> tuple[str, str]:
+    """Loads what is there; returns the libraries' version, and in words what became of the CUDA library."""
     try:
         torch.ops.load_library(str(LIBRARY))
-        import_module("._C", __package__)
+        version: str = import_module("._C", __package__).build_info()["version"]
+    except ValueError as error:  # a wrong FAE_CPU_LEVEL
+        raise ImportError(f"flash_attn_ext cannot start: {error}") from None
     except (OSError, ImportError) as error:
         raise ImportError(
             f"flash_attn_ext needs its compiled libraries ({error.__cause__ or error}): build them with "
             "`pip install --no-build-isolation -e .` in the source tree, or install the package with `pip install .`"
         ) from None
     if torch.version.cuda is None:
-        return "not loaded: this torch has no CUDA"
+        return version, "not loaded: this torch has no CUDA"
     if not CUDA_LIBRARY.exists():
-        return "not built: build with nvcc on the machine, or with FAE_CUDA=1"
+        return version, "not built: build with nvcc on the machine, or with FAE_CUDA=1"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:
         warnings.warn(f"flash_attn_ext runs without CUDA: {error}", stacklevel=2)
-        return f"not loaded: {error}"
-    return "loaded"
+        return version, f"not loaded: {error}"
+    return version, "loaded"
 
 
-cuda_library_status = _load()
+# The version is that of the package and of its libraries.
+__version__, cuda_library_status = _load()
 ops = torch.ops.flash_attn_ext
-__version__: str = import_module("._C", __package__).build_info()["version"]
-"""Of the package and of its libraries."""
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

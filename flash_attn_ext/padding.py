@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .errors import InputError
+from .errors import InputError, raise_input_error
+
+_UNPAD_KINDS = {"hidden_states": "tensor", "attention_mask": "tensor", "unused_mask": "tensor?"}
+_PAD_KINDS = {**dict.fromkeys(("hidden_states", "indices"), "tensor"), **dict.fromkeys(("batch", "seqlen"), "integer")}
 
 
 def unpad_input(
@@ -26,23 +29,29 @@ def unpad_input(
         cu_seqlens: (batch + 1,) int32.
         max_seqlen: length of the longest sequence.
         seqused: (batch,) int32, tokens per sequence without the unused ones.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
     """
-    unmet = []
-    for name, mask in {"attention_mask": attention_mask, "unused_mask": unused_mask}.items():
-        if mask is not None and (hidden_states.dim() < 2 or mask.shape != hidden_states.shape[:2]):
-            unmet.append(
-                f"{name} must have shape (batch, seqlen), the first two dimensions of hidden_states "
-                f"{tuple(hidden_states.shape)}, got {tuple(mask.shape)}"
-            )
-    if unmet:
-        raise InputError("unpad_input", unmet)
-    tokens = attention_mask != 0
-    rows = tokens if unused_mask is None else tokens | (unused_mask != 0)
-    lengths = rows.sum(1, dtype=torch.int32)
-    indices = rows.flatten().nonzero().flatten()
-    cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    max_seqlen = int(lengths.max()) if len(lengths) else 0
-    return hidden_states.flatten(0, 1)[indices], indices, cu_seqlens, max_seqlen, tokens.sum(1, dtype=torch.int32)
+    try:
+        unmet = []
+        for name, mask in {"attention_mask": attention_mask, "unused_mask": unused_mask}.items():
+            if mask is not None and (hidden_states.dim() < 2 or mask.shape != hidden_states.shape[:2]):
+                unmet.append(
+                    f"{name} must have shape (batch, seqlen), the first two dimensions of hidden_states "
+                    f"{tuple(hidden_states.shape)}, got {tuple(mask.shape)}"
+                )
+        if unmet:
+            raise InputError("unpad_input", unmet)
+        tokens = attention_mask != 0
+        rows = tokens if unused_mask is None else tokens | (unused_mask != 0)
+        lengths = rows.sum(1, dtype=torch.int32)
+        indices = rows.flatten().nonzero().flatten()
+        cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        max_seqlen = int(lengths.max()) if len(lengths) else 0
+        return hidden_states.flatten(0, 1)[indices], indices, cu_seqlens, max_seqlen, tokens.sum(1, dtype=torch.int32)
+    except Exception as error:
+        raise_input_error("unpad_input", error, locals(), _UNPAD_KINDS)
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
@@ -50,13 +59,33 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Args:
         hidden_states: (total, ...).
-        indices: (total,) from `unpad_input`.
+        indices: (total,) int64 or int32, from `unpad_input`.
 
     Returns:
         (batch, seqlen, ...); differentiable.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
     """
-    if indices.shape != hidden_states.shape[:1]:
-        line = f"indices must have shape (total,) = {tuple(hidden_states.shape[:1])}, got {tuple(indices.shape)}"
-        raise InputError("pad_input", [line])
-    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    try:
+        unmet = []
+        if indices.shape != hidden_states.shape[:1]:
+            total = tuple(hidden_states.shape[:1])
+            unmet.append(f"indices must have shape (total,) = {total}, got {tuple(indices.shape)}")
+        if indices.dtype not in (torch.int64, torch.int32):
+            unmet.append(f"indices must be int64 or int32, got {indices.dtype}")
+        if batch < 0 or seqlen < 0:
+            unmet.append(f"batch and seqlen must be at least 0, got {batch} and {seqlen}")
+        if unmet:
+            raise InputError("pad_input", unmet)
+        padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+        return padded.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+    except IndexError:
+        line = f"indices must be in [0, batch * seqlen) = [0, {batch * seqlen}), got {_range(indices)}"
+        raise InputError("pad_input", [line]) from None
+    except Exception as error:
+        raise_input_error("pad_input", error, locals(), _PAD_KINDS)
+
+
+def _range(x: Tensor) -> str:
+    return f"{int(x.min())} to {int(x.max())}"

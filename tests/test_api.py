@@ -394,6 +394,24 @@ def test_explain_names_the_backend_and_reads_well() -> None:
     assert on_meta == flash_attn_ext.explain(q, k, v, causal=True)
     packed = flash_attn_ext.explain(q[0], k[0], v[0], int32(0, 5), int32(0, 7))
     assert packed.backend == "cpu"
+    lengths = (int32(0, 5), int32(0, 7))
+    assert flash_attn_ext.explain(*(x[0].to("meta") for x in (q, k, v)), *lengths) == packed
+
+
+def test_explain_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert flash_attn_ext.explain(*qkv(), dropout_p=0.5).backend == "cpu"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_explain_of_nothing() -> None:
+    """No keys, no heads, no batch: what attention takes is explained, and nothing divides by zero."""
+    q, k, v = qkv()
+    for given in ((q, k[:, :0], v[:, :0]), (q[:, :0], k, v), (q[:0], k[:0], v[:0])):
+        assert flash_attn_ext.explain(*given).backend == "cpu"
+    assert flash_attn_ext.explain(q[:, :, :0], k[:, :, :0], v[:, :, :0]).backend == "cpu"
+    sizes = {"batch": 1, "seqlen_q": 1, "seqlen_k": 0, "heads": 4, "heads_kv": 0, "head_dim": 8, "head_dim_v": 8}
+    assert flash_attn_ext._C.explain(device="cpu", dtype="float32", **sizes)[0]["accepted"]
 
 
 def test_explain_says_why_nobody_takes_a_call() -> None:
@@ -454,8 +472,14 @@ def test_explain_command(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--batch", "2", "--seqlen-q", "64", "--heads", "8", "--heads-kv", "2", "--dtype", "float32"]
     assert commands.main(["explain", *sizes, "--causal", "--bias", "--device", "cpu", "--window", "9", "0"]) == 0
     assert capsys.readouterr().out.startswith("cpu: forward")
-    with pytest.raises(SystemExit):
-        commands.main(["explain", "--nonsense"])
+    for wrong in (["--nonsense"], ["--batch", "-1"]):
+        with pytest.raises(SystemExit):
+            commands.main(["explain", *wrong])
+
+
+def test_explain_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["explain", "--heads", "8", "--heads-kv", "0"]) == 2
+    assert "q's heads must be a multiple of k's (0), got 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "answer"), [("demo", "--parts"), ("bench", "--suite")])

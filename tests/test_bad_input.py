@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import flash_attn_ext
-from flash_attn_ext import InputError, attention, attention_varlen
+from flash_attn_ext import InputError, attention, attention_varlen, explain
 
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_KV, HEAD_DIM = 2, 5, 7, 4, 2, 8
 
@@ -40,6 +42,9 @@ def packed(**changes: Any) -> dict[str, Any]:
         "cu_seqlens_k": int32(0, 7, 14),
     } | changes
 
+
+LENGTHS = [normal(3, HEADS, HEAD_DIM), normal(4, HEADS, HEAD_DIM)]
+NESTED, JAGGED = (torch.nested.nested_tensor(LENGTHS, layout=layout) for layout in (torch.strided, torch.jagged))
 
 # The changes, and for each unmet constraint a part of its line that has what was given and what is accepted.
 DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -90,6 +95,10 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "window of one": ({"window_size": (3,)}, ["at least 0, got (3,)"]),
     "window no pair": ({"window_size": 3}, ["at least 0, got 3"]),
+    "window of 64 bits": (
+        {"window_size": (2**63, 0)},
+        ["window_size must be below 2**63, got (9223372036854775808, 0)"],
+    ),
     "window of floats": ({"window_size": (1.5, 0)}, ["at least 0, got (1.5, 0)"]),
     "window of None": ({"window_size": (None, 0)}, ["at least 0, got (None, 0)"]),
     "probability": ({"dropout_p": 1.1}, ["dropout_p must be in [0, 1], got 1.1"]),
@@ -97,6 +106,18 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "probability NaN": ({"dropout_p": math.nan}, ["dropout_p must be in [0, 1], got nan"]),
     "softcap": ({"softcap": -1.0}, ["softcap must be finite and at least 0 (0: none), got -1"]),
     "softcap infinite": ({"softcap": math.inf}, ["softcap must be finite and at least 0 (0: none), got inf"]),
+    "softcap beyond float32": (
+        {"softcap": 1e300},
+        ["softcap must be 0 or between 1.17549e-38 and 2.35866e+38, to fit in float32, got 1e+300"],
+    ),
+    "softcap below float32": (
+        {"softcap": 1e-300},
+        ["softcap must be 0 or between 1.17549e-38 and 2.35866e+38, to fit in float32, got 1e-300"],
+    ),
+    "scale beyond float32": (
+        {"softmax_scale": -1e308},
+        ["softmax_scale must be at most 2.35866e+38 in size, to fit in float32, got -1e+308"],
+    ),
     "scale NaN": ({"softmax_scale": math.nan}, ["softmax_scale must be finite, got nan"]),
     "bias shape": (
         {"bias": normal(5, 6)},
@@ -115,6 +136,11 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["alibi_slopes must be float32 of shape (heads,) = (4,) or (batch, heads)"],
     ),
     "alibi_slopes dtype": ({"alibi_slopes": normal(4).double()}, ["got float64 of shape (4,)"]),
+    "complex sinks": (
+        {"sinks": torch.ones(4).to(torch.complex64)},
+        ["sinks must be float32 of shape (heads,) = (4,), got ComplexFloat of shape (4,)"],
+    ),
+    "sinks of integers": ({"sinks": int32(1, 2, 3, 4)}, ["sinks must be float32 of shape (heads,) = (4,), got int32"]),
     "sinks": ({"sinks": normal(2)}, ["sinks must be float32 of shape (heads,) = (4,), got float32 of shape (2,)"]),
     "seqused_q dtype": (
         {"seqused_q": torch.tensor([1, 2])},
@@ -140,6 +166,23 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
             "sinks must be a torch.Tensor or None, got str 'many'",
         ],
     ),
+    "nested": (
+        {"q": NESTED, "k": JAGGED, "bias": NESTED},
+        [
+            "q must be a torch.Tensor, got a nested tensor",
+            "k must be a torch.Tensor, got a nested tensor",
+            "bias must be a torch.Tensor or None, got a nested tensor",
+        ],
+    ),
+    "jagged": ({"q": JAGGED}, ["q must be a torch.Tensor, got a nested tensor"]),
+    "sparse": (
+        {"v": normal(2, 7, 2, 8).to_sparse(), "mask": (normal(5, 7) > 0).to_sparse_csr()},
+        [
+            "v must be a torch.Tensor, got a tensor of layout torch.sparse_coo",
+            "mask must be a torch.Tensor or None, got a tensor of layout torch.sparse_csr",
+        ],
+    ),
+    "numbers too large": ({"softcap": 10**400}, ["softcap must be a number, got int of more than 64 bits"]),
     "no numbers": (
         {"softmax_scale": "big", "softcap": None, "dropout_p": normal(3)},
         [
@@ -205,6 +248,10 @@ PACKED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["cu_seqlens_k must not decrease, got 14 after 2000000000 at index 2"],
     ),
     "max_seqlen": ({"max_seqlen_q": 5}, ["max_seqlen_q must be at least the longest sequence (6), got 5"]),
+    "max_seqlen of 64 bits": (
+        {"max_seqlen_k": 2**63},
+        ["max_seqlen_k must be an integer or None, got int 9223372036854775808, more than 64 bits hold"],
+    ),
     "max_seqlen no integer": ({"max_seqlen_k": 7.5}, ["max_seqlen_k must be an integer or None, got float 7.5"]),
     "seqused": (
         {"seqused_k": int32(8, 7)},
@@ -244,25 +291,89 @@ def assert_lists(error: InputError, function: str, expected: list[str]) -> None:
     assert len(error.constraints) == len(expected), text
 
 
+@pytest.mark.parametrize("function", [attention, explain])
 @pytest.mark.parametrize("name", DENSE)
-def test_attention(name: str) -> None:
+def test_attention(name: str, function: Callable[..., Any]) -> None:
+    """explain does not say that a backend takes what would raise."""
     changes, expected = DENSE[name]
     with pytest.raises(InputError) as raised:
-        attention(**dense(**changes))
-    assert_lists(raised.value, "attention", expected)
+        function(**dense(**changes))
+    assert_lists(raised.value, function.__name__, expected)
 
 
+@pytest.mark.parametrize("function", [attention_varlen, explain])
 @pytest.mark.parametrize("name", PACKED)
-def test_attention_varlen(name: str) -> None:
+def test_attention_varlen(name: str, function: Callable[..., Any]) -> None:
     changes, expected = PACKED[name]
+    if function is explain and changes == {"cu_seqlens_q": None}:  # which is no mistake without cu_seqlens_k
+        expected = ["cu_seqlens_q must be given: a packed call takes cu_seqlens_q and cu_seqlens_k"]
     with pytest.raises(InputError) as raised:
-        attention_varlen(**packed(**changes))
-    assert_lists(raised.value, "attention_varlen", expected)
+        function(**packed(**changes))
+    assert_lists(raised.value, function.__name__, expected)
+
+
+def test_float64_takes_what_float32_cannot_hold() -> None:
+    doubles = {name: x.double() for name, x in dense().items()}
+    torch.testing.assert_close(attention(**doubles, softcap=1e300), attention(**doubles))
+    small = {**doubles, "k": 1e-300 * doubles["k"]}
+    torch.testing.assert_close(attention(**small, softmax_scale=1e300), attention(**doubles, softmax_scale=1.0))
 
 
 def test_the_calls_before_the_changes_are_right() -> None:
     assert attention(**dense()).isfinite().all()
     assert attention_varlen(**packed()).isfinite().all()
+
+
+WITHOUT_GRADIENT = {"alibi_slopes": normal(HEADS), "softmax_scale": torch.tensor(0.3), "softcap": torch.tensor(5.0)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("function", [attention, attention_varlen, flash_attn_ext.flash_attn_func])
+def test_derivatives_that_there_are_not(name: str, function: Callable[..., Any]) -> None:
+    """A zero instead would be silent: a parameter that never learns."""
+    arguments = packed() if function is attention_varlen else dense()
+    given = WITHOUT_GRADIENT[name]
+
+    def call(x: Tensor) -> Tensor:
+        return function(**arguments, **{name: x}).sum()
+
+    def dual(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(x, x))
+
+    learning = given.clone().requires_grad_()
+    calls: list[Callable[[], Any]] = [
+        lambda: call(learning),
+        lambda: torch.func.grad(call)(given),
+        lambda: torch.func.jvp(call, (given,), (given,)),
+        lambda: dual(given),
+    ]
+    if name == "alibi_slopes":
+        calls += [
+            lambda: torch.vmap(torch.func.grad(call))(given[None]),
+            lambda: torch.func.grad(lambda x: torch.vmap(call)(x).sum())(given[None]),
+        ]
+    for wrong in calls:
+        with pytest.raises(InputError) as raised:
+            wrong()
+        detach = f"{name} has no gradient, and must not require one: pass {name}.detach()"
+        assert_lists(raised.value, function.__name__, [detach])
+
+    expected = call(given)
+    arguments["q"].requires_grad_()
+    assert torch.equal(call(learning.detach()), expected)
+    with torch.no_grad():
+        assert torch.equal(call(learning), expected)
+
+
+def test_compiled_calls_refuse_derivatives_too() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    slopes = normal(HEADS)
+    torch.testing.assert_close(compiled(**dense(), alibi_slopes=slopes), attention(**dense(), alibi_slopes=slopes))
+    with pytest.raises(RuntimeError, match="alibi_slopes has no gradient"):
+        compiled(**dense(), alibi_slopes=slopes.requires_grad_())
+    torch._dynamo.reset()
 
 
 def test_gradients_are_checked_as_well() -> None:
@@ -317,14 +428,122 @@ def test_softmax(x: Any, expected: str) -> None:
 
 def test_explain_and_backends() -> None:
     with pytest.raises(InputError) as raised:
-        flash_attn_ext.explain(normal(5, 4, 8), normal(2, 7, 2, 8), normal(7), window_size=(0, -5))
+        explain(normal(5, 4, 8), normal(2, 7, 2, 8), normal(7), window_size=(0, -5))
     assert_lists(
         raised.value, "explain", ["window_size must be", "q must have 4 dimensions", "v must have 4 dimensions"]
     )
-    with pytest.raises(InputError, match="got 'int32'"):
-        flash_attn_ext.explain(*(x.int() for x in dense().values()))
+    with pytest.raises(InputError, match="device must be 'cpu' or 'cuda', got 'abacus'"):
+        explain(**dense(), device="abacus")
     with pytest.raises(InputError, match="'abacus'"), flash_attn_ext.backends("abacus"):
         pass
+
+
+def mha(**changes: Any) -> Any:
+    x = normal(5, 2, 16)
+    return flash_attn_ext.MultiheadAttention(16, 4)(**({"query": x, "key": x, "value": x} | changes))
+
+
+def unpad(**changes: Any) -> Any:
+    return flash_attn_ext.unpad_input(**({"hidden_states": normal(2, 3, 4), "attention_mask": int32(1)} | changes))
+
+
+def pad(**changes: Any) -> Any:
+    arguments = {"hidden_states": normal(3, 4), "indices": int32(0, 1, 5), "batch": 2, "seqlen": 3}
+    return flash_attn_ext.pad_input(**(arguments | changes))
+
+
+MASK_OF = "must be a torch.Tensor or None, got list [1]"
+OTHERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[str]]] = {
+    "query None": ("MultiheadAttention", mha, {"query": None}, ["query must be a torch.Tensor, got None"]),
+    "key list": ("MultiheadAttention", mha, {"key": [1]}, ["key must be a torch.Tensor, got list [1]"]),
+    "mask list": ("MultiheadAttention", mha, {"attn_mask": [1]}, [f"attn_mask {MASK_OF}"]),
+    "padding list": ("MultiheadAttention", mha, {"key_padding_mask": [1]}, [f"key_padding_mask {MASK_OF}"]),
+    "dtype": (
+        "MultiheadAttention",
+        mha,
+        {"query": normal(5, 2, 16).double(), "need_weights": False},
+        ["query must have the parameters' dtype torch.float32, got torch.float64"],
+    ),
+    "device": (
+        "MultiheadAttention",
+        mha,
+        {"value": torch.empty(5, 2, 16, device="meta")},
+        ["value must be on the parameters' device cpu, got meta"],
+    ),
+    "nested input": (
+        "MultiheadAttention",
+        mha,
+        dict.fromkeys(("query", "key", "value"), torch.nested.nested_tensor([normal(3, 16), normal(5, 16)])),
+        [f"{name} must be a torch.Tensor, got a nested tensor" for name in ("query", "key", "value")],
+    ),
+    "states list": ("unpad_input", unpad, {"hidden_states": [1]}, ["hidden_states must be a torch.Tensor, got list"]),
+    "mask None": ("unpad_input", unpad, {"attention_mask": None}, ["attention_mask must be a torch.Tensor, got None"]),
+    "unused list": (
+        "unpad_input",
+        unpad,
+        {"attention_mask": normal(2, 3), "unused_mask": [1]},
+        [f"unused_mask {MASK_OF}"],
+    ),
+    "indices too large": (
+        "pad_input",
+        pad,
+        {"indices": int32(0, 1, 6)},
+        ["indices must be in [0, batch * seqlen) = [0, 6), got 0 to 6"],
+    ),
+    "indices negative": ("pad_input", pad, {"indices": int32(-1, 0, 1)}, ["= [0, 6), got -1 to 1"]),
+    "indices float": (
+        "pad_input",
+        pad,
+        {"indices": normal(3), "batch": -1},
+        ["indices must be int64 or int32, got torch.float32", "batch and seqlen must be at least 0, got -1 and 3"],
+    ),
+    "indices list": ("pad_input", pad, {"indices": [0]}, ["indices must be a torch.Tensor, got list [0]"]),
+    "seqlen": ("pad_input", pad, {"seqlen": 3.0}, ["seqlen must be an integer, got float 3.0"]),
+    "no q": (
+        "flash_attn_func",
+        flash_attn_ext.flash_attn_func,
+        {"q": [1], "k": normal(1, 2, 3, 4), "v": normal(1, 2, 3, 4), "dropout_p": 0.5, "return_attn_probs": True},
+        ["q must be a torch.Tensor, got list [1]"],
+    ),
+    "packed nested": (
+        "flash_attn_qkvpacked_func",
+        flash_attn_ext.flash_attn_qkvpacked_func,
+        {"qkv": NESTED},
+        ["qkv must be a tensor of shape (batch, seqlen, 3, heads, head_dim), got a nested tensor"],
+    ),
+    "explain 3": (
+        "explain",
+        explain,
+        {"q": 3, "k": normal(1), "v": normal(1), "cu_seqlens_q": [0, 5], "softcap": "x"},
+        [
+            "q must be a torch.Tensor, got int 3",
+            "cu_seqlens_q must be a torch.Tensor or None, got list [0, 5]",
+            "cu_seqlens_k must be a torch.Tensor or None, got list [0, 5]",
+            "softcap must be a number, got str 'x'",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions(name: str) -> None:
+    function, call, arguments, expected = OTHERS[name]
+    with pytest.raises(InputError) as raised:
+        call(**arguments)
+    assert_lists(raised.value, function, expected)
+
+
+def test_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    expected = attention(**dense(), window_size=(2, 0))
+    for kind in (numpy.int64, numpy.uint8, torch.tensor):
+        assert torch.equal(attention(**dense(), window_size=(kind(2), kind(0))), expected)
+    left = (numpy.int64(2), numpy.int64(-5))
+    assert torch.equal(
+        flash_attn_ext.flash_attn_func(**dense(), window_size=left), attention(**dense(), window_size=(2, -1))
+    )
+    length = numpy.int64(7)
+    assert attention_varlen(**packed(), max_seqlen_q=length, max_seqlen_k=length).isfinite().all()
 
 
 def test_strides_are_never_wrong() -> None:

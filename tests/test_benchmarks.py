@@ -1,6 +1,7 @@
 """The benchmark compares like with like, keeps what it measured, and the documentation shows exactly that."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_tables_are_current(page: Path) -> None:
     text = page.read_text()
     assert tables.MARKED.search(text)
     assert tables.renewed(text) == text, "run `make tables`"
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rows_have_every_cell(page: Path) -> None:
+    """What a candidate did not measure is no row, or a dash."""
+    for _, _, content, _ in re.findall(r"(<!-- table (\w+) -->\n)(.*?)(<!-- end -->)", page.read_text(), re.DOTALL):
+        for block in re.findall(r"(?:^\|.*\n)+", content, re.MULTILINE):
+            assert len({row.count("|") for row in block.splitlines()}) == 1, block
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,7 +13,7 @@ from test_gradcheck import OPTIONS, without_nan
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flash_attn_ext import attention, derivatives, merge, reference, softmax
+from flash_attn_ext import InputError, attention, attention_varlen, derivatives, merge, reference, softmax
 from flash_attn_ext.attention import attend
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -120,6 +120,11 @@ def test_forward_ad_of_autograd() -> None:
         attended = attention(forward_ad.make_dual(leaf, direction), k, v).sin().sum()
         (gradient,) = torch.autograd.grad(attended, leaf, create_graph=True)
         along = forward_ad.unpack_dual(gradient).tangent
+        # The gradient of a tangent, while its level lives.
+        out = attention(forward_ad.make_dual(leaf, direction), k, v)
+        (of_tangent,) = torch.autograd.grad(forward_ad.unpack_dual(out).tangent.sin().sum(), leaf)
+    tangent = lambda q: torch.func.jvp(lambda q: reference.attention(q, k, v), (q,), (direction,))[1]  # noqa: E731
+    torch.testing.assert_close(of_tangent, torch.func.grad(lambda q: tangent(q).sin().sum())(q), **CLOSE)
     exact = torch.func.grad(lambda q: reference.attention(q, k, v).sin().sum())
     torch.testing.assert_close(along, torch.func.jvp(exact, (q,), (direction,))[1], **CLOSE)
 
@@ -162,6 +167,25 @@ def test_maps_of_directional_derivatives(order: int) -> None:
     torch.testing.assert_close(nested, torch.stack([torch.stack(row) for row in expected]), **CLOSE)
 
 
+def test_maps_over_lengths_are_refused_where_they_cannot_be_read() -> None:
+    q, direction = normal(10, 2, 4), normal(10, 2, 4, seed=1)
+    lengths = torch.tensor([[0, 4, 10], [0, 7, 10]], dtype=torch.int32)
+
+    def scalar(q: Tensor, starts: Tensor) -> Tensor:
+        return attention_varlen(q, q, q, starts).sin().sum()
+
+    once = torch.vmap(torch.func.grad(scalar), (None, 0))(q, lengths)
+    assert torch.equal(once, torch.stack([torch.func.grad(scalar)(q, starts) for starts in lengths]))
+    along: list[Callable[[Tensor], Tensor]] = [
+        lambda starts: torch.func.jvp(lambda q: scalar(q, starts), (q,), (direction,))[1],
+        lambda starts: torch.func.grad(lambda q: torch.func.grad(scalar)(q, starts).sin().sum())(q),
+    ]
+    for function in along:
+        assert function(lengths[0]).isfinite().all()
+        with pytest.raises(InputError, match="cu_seqlens_q and cu_seqlens_k must be the same for all members"):
+            torch.vmap(function)(lengths)
+
+
 def test_merge_and_softmax() -> None:
     out_a, out_b = (normal(2, 3, 2, 4, seed=i).requires_grad_() for i in range(2))
     lse_a, lse_b = (normal(2, 2, 3, seed=i).requires_grad_() for i in (2, 3))
@@ -196,7 +220,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_second_derivatives_hold_no_matrix_of_scores() -> None:
-    """Peak of what torch allocates: far below one S x S matrix, for the gradient of a gradient and for jvp."""
+    """Peak of what torch allocates: below one S x S matrix, whatever the modes."""
     seqlen = 2048
     q, k, v = (normal(1, seqlen, 1, 4, seed=i).float().requires_grad_() for i in range(3))
     matrix = seqlen * seqlen * 4
@@ -208,7 +232,12 @@ def test_second_derivatives_hold_no_matrix_of_scores() -> None:
     def forward_mode() -> None:
         torch.func.jvp(lambda q: attention(q, k, v), (q.detach(),), (q.detach(),))
 
-    for call in (double_backward, forward_mode):
+    def gradient_of_a_tangent() -> None:
+        with forward_ad.dual_level():
+            out = attention(forward_ad.make_dual(q, q.detach()), k, v)
+            forward_ad.unpack_dual(out).tangent.sum().backward()
+
+    for call in (double_backward, forward_mode, gradient_of_a_tangent):
         assert peak_bytes(call) < matrix, call.__name__
 
 

@@ -250,3 +250,22 @@ def test_pad_and_unpad_refuse_other_shapes() -> None:
         unpad_input(normal(2, 4, 3), torch.ones(2, 5))
     with pytest.raises(InputError, match="indices must have shape"):
         pad_input(normal(4, 3), torch.arange(5), 2, 4)
+
+
+@pytest.mark.parametrize("dropout_p", [1, 1.0, torch.tensor(1.0)])
+def test_dropped_probabilities_for_every_kind_of_number(dropout_p: Any) -> None:
+    q = torch.randn(1, 5, 2, 8)
+    dropped = flash_attn_ext.flash_attn_func(q, q, q, dropout_p, return_attn_probs=True)[2]
+    assert dropped.shape == (1, 2, 5, 5)
+    torch.testing.assert_close(-dropped.sum(-1), torch.ones(1, 2, 5))
+
+
+def test_dropped_probabilities_without_the_longest_lengths() -> None:
+    q, starts = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+    found = []
+    for longest in (6, None):
+        torch.manual_seed(0)
+        call = (q, q, q, starts, starts, longest, longest, 0.5)
+        found.append(flash_attn_ext.flash_attn_varlen_func(*call, return_attn_probs=True)[2])
+    assert found[0].shape == (2, 2, 6, 6)
+    assert torch.equal(*found)

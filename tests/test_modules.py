@@ -341,3 +341,17 @@ def test_flash_attention_drops_in_training_only() -> None:
     assert torch.equal(dropped, flash_attn_ext.attention(q, q, q, dropout_p=0.5))
     module.eval()
     assert torch.equal(module(q, q, q), flash_attn_ext.attention(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_flash_attention_keeps_its_slopes_in_float32(dtype: torch.dtype) -> None:
+    slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    q = normal(2, 5, 4, 8).to(dtype)
+    model = nn.Sequential(FlashAttention(alibi_slopes=slopes))
+    for converted in (model.to(dtype), model.half().to("cpu", dtype), model.float().to(q)):
+        assert torch.equal(converted[0].alibi_slopes, slopes)
+        assert torch.equal(converted[0](q, q, q), flash_attn_ext.attention(q, q, q, alibi_slopes=slopes))
+    assert model.state_dict() == {}
+    meta = model.to("meta").to(dtype)[0].alibi_slopes
+    assert (meta.device.type, meta.dtype) == ("meta", torch.float32)
+    assert model.to_empty(device="cpu")[0].alibi_slopes.device.type == "cpu"

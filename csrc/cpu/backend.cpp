@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kDecodeRows = 8;
 
 bool is_decode(const Problem& p) {
-  return p.dtype != DType::float64 && p.batch * p.heads > 0 && p.max_seqlen_q * (p.heads / p.heads_kv) <= kDecodeRows;
+  return p.dtype != DType::float64 && p.batch * p.heads > 0 && p.heads_kv > 0 &&
+         p.max_seqlen_q * (p.heads / p.heads_kv) <= kDecodeRows;
 }
 
 const MatrixKernels* matrix_kernels(const Problem& p) {

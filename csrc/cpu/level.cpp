@@ -62,13 +62,14 @@ const std::vector<Level>& detected() {
   return levels;
 }
 
-Level parse(const std::string& name) {
+// `what`: who named it.
+Level parse(const std::string& name, const std::string& what) {
   std::string accepted;
   for (Level candidate : detected()) {
     if (name == name_of(candidate)) return candidate;
     accepted += std::string(accepted.empty() ? "" : ", ") + name_of(candidate);
   }
-  throw std::invalid_argument("CPU level must be one of " + accepted + " on this machine, got '" + name + "'");
+  throw std::invalid_argument(what + " must be one of " + accepted + " on this machine, got '" + name + "'");
 }
 
 // A cap above what the machine has leaves the machine's best.
@@ -78,7 +79,7 @@ Level default_level() {
   if (!cap || !*cap) return best;
   for (Level known : {Level::portable, Level::avx2, Level::avx512, Level::amx})
     if (std::string(cap) == name_of(known)) return known < best ? known : best;
-  return parse(cap);
+  return parse(cap, "FAE_CPU_LEVEL");
 }
 
 std::atomic<int> chosen{-1};
@@ -118,6 +119,6 @@ Level level() {
   return initial;
 }
 
-void set_level(const std::string& name) { chosen = name.empty() ? -1 : static_cast<int>(parse(name)); }
+void set_level(const std::string& name) { chosen = name.empty() ? -1 : static_cast<int>(parse(name, "CPU level")); }
 
 }  // namespace fae::cpu

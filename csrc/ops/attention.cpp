@@ -58,6 +58,11 @@ bool has_other_rows_k(const Inputs& in) { return in.cu_seqlens_k || in.seqused_k
 
 }  // namespace
 
+std::tuple<int64_t, int64_t, int64_t> check(Inputs in) {
+  const Extents extents = check_forward(in);
+  return {extents.batch, extents.max_seqlen_q, extents.max_seqlen_k};
+}
+
 std::tuple<Tensor, Tensor> forward(Inputs in) {
   const Extents extents = check_forward(in);
   Tensor out = new_empty(in.q, extents.out_sizes(), in.q.scalar_type());

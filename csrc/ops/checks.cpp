@@ -1,8 +1,10 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdlib>
+#include <numbers>
 
 #include "constraints.h"
 
@@ -36,7 +38,7 @@ void require_tensor(Constraints& c, const char* name, const Tensor& t, const Ten
 // Lengths on a GPU are not looked at, because that would wait for it; FAE_CHECK=1 asks for it, to find a bug.
 bool readable(const Tensor& t) {
   const char* check = std::getenv("FAE_CHECK");
-  return t.is_cpu() || (check && std::string(check) == "1");
+  return t.is_cpu() || (t.is_cuda() && check && std::string(check) == "1");
 }
 
 std::vector<int64_t> host_values(const Tensor& t) {
@@ -147,11 +149,19 @@ void check_options(Constraints& c, const Inputs& in, const Extents& e, MaybeInt 
               " of shape ", shape_of(*sinks));
 }
 
+// Kernels for other dtypes than float64 hold the scale and the cap in float32, times log2(e).
+constexpr double kSmallest = FLT_MIN, kLargest = FLT_MAX / std::numbers::log2e;
+
 // Constraints that need no shape of q, k and v.
 void check_scalars(Constraints& c, const Inputs& in) {
-  c.require(std::isfinite(in.softmax_scale), "softmax_scale must be finite, got ", in.softmax_scale);
-  c.require(std::isfinite(in.softcap) && in.softcap >= 0, "softcap must be finite and at least 0 (0: none), got ",
-            in.softcap);
+  const bool in_float32 = dtype_of(in.q) != DType::float64;
+  const double scale = in.softmax_scale, cap = in.softcap;
+  if (c.require(std::isfinite(scale), "softmax_scale must be finite, got ", scale))
+    c.require(!in_float32 || std::abs(scale) <= kLargest, "softmax_scale must be at most ", kLargest,
+              " in size, to fit in float32, got ", scale);
+  if (c.require(std::isfinite(cap) && cap >= 0, "softcap must be finite and at least 0 (0: none), got ", cap))
+    c.require(!in_float32 || cap == 0 || (cap >= kSmallest && cap <= kLargest), "softcap must be 0 or between ",
+              kSmallest, " and ", kLargest, ", to fit in float32, got ", cap);
   c.require(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be in [0, 1], got ", in.dropout_p);
   c.require(in.rng_state || !(in.dropout_p > 0), "rng_state must be given with dropout_p > 0 (", in.dropout_p, ")");
   if (const auto& state = in.rng_state)
@@ -159,9 +169,11 @@ void check_scalars(Constraints& c, const Inputs& in) {
               "rng_state must be int64 of shape (2,), got ", dtype_name(*state), " of shape ", shape_of(*state));
 }
 
+// A meta tensor for q, which only explain brings here, stands for one on the device of any other argument.
 void check_devices(Constraints& c, const Inputs& in) {
+  const bool any = !in.q.is_cpu() && !in.q.is_cuda();
   const auto require = [&](const char* name, const Tensor& t) {
-    c.require(same_device(t, in.q), name, " must be on q's device (", DeviceName{in.q}, "), got ", DeviceName{t});
+    c.require(any || same_device(t, in.q), name, " must be on q's device ", DeviceName{in.q}, ", got ", DeviceName{t});
   };
   require("k", in.k);
   require("v", in.v);

@@ -41,7 +41,7 @@ std::string text_of(DTypeName name) {
 
 std::string text_of(DeviceName name) {
   if (name.tensor.is_cpu()) return "cpu";
-  return (name.tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(name.tensor.get_device_index());
+  return name.tensor.is_cuda() ? "cuda:" + std::to_string(name.tensor.get_device_index()) : "meta";
 }
 
 }  // namespace fae::ops

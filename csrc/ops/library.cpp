@@ -18,6 +18,7 @@ namespace {
   "float softmax_scale, float softcap, float dropout_p, bool allow_tf32"
 
 STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
+  m.def("check(Tensor q, Tensor k, Tensor v, " FAE_OPTIONS ") -> (int batch, int max_seqlen_q, int max_seqlen_k)");
   m.def("forward(Tensor q, Tensor k, Tensor v, " FAE_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FAE_OPTIONS
         ", bool deterministic, bool bias_requires_grad) "
@@ -49,12 +50,20 @@ ArgumentStack& take_options(ArgumentStack& stack, Inputs& in) {
          in.window_right >> in.softmax_scale >> in.softcap >> in.dropout_p >> in.allow_tf32;
 }
 
-void boxed_forward(StableIValue* stack, uint64_t, uint64_t) {
+Inputs take_inputs(StableIValue* stack) {
   ArgumentStack arguments{stack};
   Inputs in;
   arguments >> in.q >> in.k >> in.v;
   take_options(arguments, in);
-  torch::stable::detail::box_from_tuple(stack, forward(std::move(in)));
+  return in;
+}
+
+void boxed_check(StableIValue* stack, uint64_t, uint64_t) {
+  torch::stable::detail::box_from_tuple(stack, check(take_inputs(stack)));
+}
+
+void boxed_forward(StableIValue* stack, uint64_t, uint64_t) {
+  torch::stable::detail::box_from_tuple(stack, forward(take_inputs(stack)));
 }
 
 void boxed_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -67,6 +76,8 @@ void boxed_backward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { register_ops(m); }
+// On every device, and for meta tensors: it looks at facts only.
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CompositeExplicitAutograd, m) { m.impl("check", boxed_check); }
 
 }  // namespace
 

@@ -29,6 +29,8 @@ struct Gradients {
   bool deterministic = true, bias_requires_grad = false;
 };
 
+// What forward checks, and nothing else; returns the batch and the longest sequences, as far as they are known.
+std::tuple<int64_t, int64_t, int64_t> check(Inputs in);
 std::tuple<Tensor, Tensor> forward(Inputs in);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients g);
 Tensor softmax(Tensor x);
