@@ -11,6 +11,7 @@ Calls arrive in two ways, which are opened and closed together:
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops import cuda_library_status
-from ..sdpa import scaled_dot_product_attention
+from ..sdpa import is_causal_bias, scaled_dot_product_attention, without_causal_bias
 from . import flash_kernels
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -31,6 +32,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _while_tracing: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_HEAD_DIM = 512
+# What the classes of tensors have as __torch_function__ that leave torch's functions as they are.
+_NO_FUNCTIONS = torch._C._disabled_torch_function_impl
+_TORCHS_FUNCTIONS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,10 @@ def _attend(
         "enable_gqa": enable_gqa,
     }
     # Who has imported the name while it was ours may call it for ever.
-    reason = _why_not(query, key, value, attn_mask) if _state.enabled else "disabled"
+    reason = _why_not(query, key, value, attn_mask, dropout_p) if _state.enabled else "disabled"
     if torch.compiler.is_compiling():
         _count_traced(reason)
-        return (_state.torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
+        return (_torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
     if reason is None:
         try:
             out = scaled_dot_product_attention(query, key, value, **options)
@@ -191,18 +195,31 @@ def _attend(
             _count("attended")
             return out
     _count("returned", reason)
+    return _torchs(query, key, value, **options)
+
+
+def _torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Torch's function. It recognises a CausalBias only where it is called by its name, which is ours meanwhile."""
+    if is_causal_bias(options["attn_mask"]):
+        mask, is_causal = without_causal_bias(options["attn_mask"], options["is_causal"], query.device)
+        options |= {"attn_mask": mask, "is_causal": is_causal}
     return _state.torchs(query, key, value, **options)
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
     """Why a call is torch's, as far as dtypes, devices and settings tell, without its values."""
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if not all(isinstance(x, Tensor) for x in tensors):
         return "not a tensor"
-    if torch.overrides.has_torch_function(tensors):
+    if any(_has_functions_of_its_own(x) for x in tensors):
         return "a tensor subclass with an attention of its own"
     if any(x.is_nested for x in tensors):
         return "nested tensors"
+    if any(_is_dtensor(x) for x in tensors):
+        if not _dtensors_are_registered():
+            return "DTensors, without integrations.dtensor.register()"
+        if dropout_p > 0:
+            return "DTensors with dropout"
     if not _flash_is_allowed():
         return "flash attention is switched off (torch.nn.attention.sdpa_kernel, torch.backends.cuda)"
     device, dtype = query.device.type, query.dtype
@@ -215,6 +232,24 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     if any(x.dim() > 0 and x.shape[-1] > _LARGEST_HEAD_DIM for x in (query, value)):
         return f"a head dimension above {_LARGEST_HEAD_DIM}"
     return None
+
+
+def _has_functions_of_its_own(x: Tensor) -> bool:
+    """By its class: modes, such as torch.device as a context, are active for all tensors and need no other way."""
+    if type(x) in (Tensor, torch.nn.Parameter) or is_causal_bias(x):
+        return False
+    function = type(x).__torch_function__
+    return function is not _NO_FUNCTIONS and getattr(function, "__func__", None) is not _TORCHS_FUNCTIONS
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # not imported for this: who has one has imported it
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def _dtensors_are_registered() -> bool:
+    dtensor = sys.modules.get(f"{__package__}.dtensor")
+    return dtensor is not None and dtensor.registered
 
 
 @_while_tracing
