@@ -136,6 +136,39 @@ def test_training_goes_on_where_it_was() -> None:
     assert losses[True] == pytest.approx(losses[False], rel=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 6, "add_bias_kv": True}])
+def test_parameters_are_reset_as_torch_resets_them(options: dict[str, object]) -> None:
+    drawn = []
+    for swapped in (False, True):
+        torch.manual_seed(5)
+        model = nn.MultiheadAttention(16, 4, **options)
+        if swapped:
+            swap(model)
+        model._reset_parameters()
+        assert type(model) is (SwappedMultiheadAttention if swapped else nn.MultiheadAttention)
+        drawn.append(model.state_dict())
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_nested_tensors_raise(need_weights: bool, layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=layout)
+    model = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    swap(model)
+    with torch.no_grad(), pytest.raises(flash_attn_ext.InputError, match="must not be nested tensors"):
+        model(x, x, x, need_weights=need_weights)
+
+
+def test_scripting_needs_torchs_modules() -> None:
+    model = nn.MultiheadAttention(16, 4)
+    swap(model)
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(model)
+    unswap(model)
+    torch.jit.script(model)
+
+
 def test_copies_and_pickles() -> None:
     model, x = encoder(), normal(3, 7, 16)
     swap(model)

@@ -22,6 +22,15 @@ class SwappedMultiheadAttention(MultiheadAttention):
         calling the module (in eval mode, without gradients). False is the answer that makes it call."""
         return False
 
+    def _reset_parameters(self) -> None:
+        """Torch's, which asks the same to learn which parameters there are: it is asked as torch's own module."""
+        module = cast(nn.Module, self)
+        module.__class__ = nn.MultiheadAttention
+        try:
+            module._reset_parameters()  # type: ignore[operator]
+        finally:
+            module.__class__ = SwappedMultiheadAttention
+
 
 @dataclass(frozen=True)
 class Swapped:
@@ -47,7 +56,8 @@ def swap(model: nn.Module) -> Swapped:
     Modules keep their identity, parameters, state dict, hooks and places, so optimizers, checkpoints and wrappers go on
     working. Results are those of `flash_attn_ext.MultiheadAttention`, whose docstring lists what differs; calls with
     need_weights=True, which ask for the matrix of weights, get it from torch's operations. nn.TransformerEncoder turns
-    padded batches into nested tensors in eval mode; swapped ones do not.
+    padded batches into nested tensors in eval mode; swapped ones do not, and a nested tensor raises. torch.jit.script
+    takes no swapped model: `unswap` it before.
 
     Returns:
         What was swapped, and which modules derived from nn.MultiheadAttention were not, with the reason.
