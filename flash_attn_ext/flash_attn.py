@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import counts
 from .attention import attend, window_of
 from .errors import InputError
 from .padding import pad_input
@@ -181,6 +182,7 @@ def _attend(
     out, lse = attend(
         function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
     )
+    counts.count("flash_attn")
     if not return_attn_probs:
         return out
     if rng_state is None:

@@ -24,7 +24,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from . import counts
 from . import flash_attn as functions
+from .counts import Stats
 from .padding import pad_input, unpad_input
 
 VERSION = "2.8.3"
@@ -55,6 +57,7 @@ def install(*, replace: bool = False) -> None:
     for name in imported:
         del sys.modules[name]
     sys.meta_path.insert(0, _finder)
+    counts.start(_PACKAGE)
     _forget_availability()
 
 
@@ -63,11 +66,17 @@ def uninstall() -> None:
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
+    counts.stop(_PACKAGE)
     for name in _imported():
         del sys.modules[name]
     sys.modules.update(_finder.replaced)
     _finder.replaced = {}
     _forget_availability()
+
+
+def stats() -> Stats:
+    """Calls of the attention functions since the last `install`. None goes back: what cannot be taken raises."""
+    return counts.stats(_PACKAGE)
 
 
 def _imported() -> dict[str, ModuleType]:

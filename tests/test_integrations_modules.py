@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import flash_attn_ext
-from flash_attn_ext.integrations.modules import SwappedMultiheadAttention, swap, unswap
+from flash_attn_ext.integrations.modules import SwappedMultiheadAttention, stats, swap, unswap
 
 
 class Renamed(nn.MultiheadAttention):
@@ -163,10 +163,25 @@ def test_nested_tensors_raise(need_weights: bool, layout: torch.layout) -> None:
 def test_scripting_needs_torchs_modules() -> None:
     model = nn.MultiheadAttention(16, 4)
     swap(model)
-    with pytest.raises(torch.jit.frontend.NotSupportedError):
+    with pytest.raises(RuntimeError):
         torch.jit.script(model)
     unswap(model)
     torch.jit.script(model)
+
+
+def test_who_gets_the_matrix_of_weights_is_said_and_counted() -> None:
+    model, x = nn.ModuleDict({"encoder": encoder(), "direct": nn.MultiheadAttention(16, 4)}).double(), normal(3, 7, 16)
+    report = swap(model)
+    assert report.called_directly == ("direct",)
+    assert "need_weights=False: direct" in str(report)
+    before = stats()
+    model["encoder"](x)
+    model["direct"](x, x, x, need_weights=False)
+    model["direct"](x, x, x)
+    asked = "need_weights=True, the default"
+    assert stats().attended == before.attended + 3
+    assert stats().returned[asked] == before.returned.get(asked, 0) + 1
+    assert f"went back to torch: {asked}" in str(stats())
 
 
 def test_copies_and_pickles() -> None:
@@ -183,5 +198,9 @@ def test_swapped_encoder_compiles() -> None:
     model, x = encoder(), normal(3, 7, 16)
     swap(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
+    before = stats()
+    out = compiled(x)
+    torch.testing.assert_close(compiled(x), out)
+    assert (stats().traced, stats().attended) == (before.traced + 2, before.attended)
+    torch.testing.assert_close(out, model(x))
     torch._dynamo.reset()

@@ -63,6 +63,21 @@ def test_what_is_not_there() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_calls_are_counted_while_installed() -> None:
+    q = torch.randn(1, 7, 2, 8)
+    for _ in range(2):
+        flash_attn_ext.flash_attn_func(q, q, q)
+    compiled = torch.compile(flash_attn_ext.flash_attn_func, fullgraph=True, backend="aot_eager")
+    compiled(q, q, q)
+    compiled(q, q, q)
+    shim.uninstall()
+    flash_attn_ext.flash_attn_func(q, q, q)
+    assert (shim.stats().attended, shim.stats().traced, shim.stats().returned) == (2, 1, {})
+    shim.install()
+    assert shim.stats().attended == 0
+
+
+@pytest.mark.usefixtures("installed")
 def test_index_functions() -> None:
     from flash_attn.bert_padding import index_first_axis, index_put_first_axis
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from .. import counts
+from ..counts import Stats
 from ..errors import InputError
 from ..ops import cuda_library_status
 from ..sdpa import is_causal_bias, scaled_dot_product_attention, without_causal_bias
@@ -32,40 +32,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _while_tracing: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_HEAD_DIM = 512
+_NAME = "scaled_dot_product_attention"  # in counts
 # What the classes of tensors have as __torch_function__ that leave torch's functions as they are.
 _NO_FUNCTIONS = torch._C._disabled_torch_function_impl
 _TORCHS_FUNCTIONS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Calls since the last `enable`."""
-
-    attended: int
-    """Calls by name that ran here."""
-    returned: dict[str, int]
-    """Calls by name, or of torch's flash kernels, that went back to torch, by reason."""
-    kernels: int
-    """Calls of torch's flash kernels, forward and backward, that ran here, having come another way than by name."""
-    traced: int
-    """Calls by name that torch.compile or torch.export traced; how often such graphs run is not known here."""
-
-    def __str__(self) -> str:
-        ran = f"{self.attended} calls ran here, {self.traced} were compiled, {self.kernels} came as kernels"
-        lines = [f"{count} went back to torch: {reason}" for reason, count in self.returned.items()]
-        return "\n".join([f"scaled_dot_product_attention: {ran}", *lines])
-
-
 class _State:
-    """What is switched on, and the counts. Calls come from several threads, autograd's among them."""
+    """What is switched on."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.enabled = False
         self.torchs: Any = F.scaled_dot_product_attention  # from before, like the next
         self.fast_path = True  # of torch.backends.mha
-        self.counts: Counter[str] = Counter()
-        self.returned: Counter[str] = Counter()
 
 
 _state = _State()
@@ -101,8 +81,8 @@ def enable() -> Enabled:
     with _state.lock:
         was_enabled = _state.enabled
         if not was_enabled:
-            _state.counts.clear()
-            _state.returned.clear()
+            counts.stop(_NAME)
+            counts.start(_NAME)
             flash_kernels.install(_count_kernel)
             _state.torchs = F.scaled_dot_product_attention
             _state.fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -134,27 +114,11 @@ def disable() -> None:
 
 def stats() -> Stats:
     """What became of the calls since the last `enable`."""
-    with _state.lock:
-        counts = _state.counts
-        return Stats(counts["attended"], dict(_state.returned), counts["kernels"], counts["traced"])
-
-
-def _count(key: str, reason: str | None = None) -> None:
-    with _state.lock:
-        if reason is None:
-            _state.counts[key] += 1
-        else:
-            _state.returned[reason] += 1
-
-
-@_while_tracing
-def _count_traced(reason: str | None) -> int:
-    _count("traced", None if reason is None else f"{reason} (in a compiled graph)")
-    return 0
+    return counts.stats(_NAME)
 
 
 def _count_kernel(reason: str | None) -> None:
-    _count("kernels", reason)
+    counts.add(_NAME, "kernels", reason)
 
 
 @_while_tracing
@@ -183,7 +147,7 @@ def _attend(
     # Who has imported the name while it was ours may call it for ever.
     reason = _why_not(query, key, value, attn_mask, dropout_p) if _state.enabled else "disabled"
     if torch.compiler.is_compiling():
-        _count_traced(reason)
+        counts.count(_NAME, reason)
         return (_torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
     if reason is None:
         try:
@@ -192,9 +156,9 @@ def _attend(
             # torch takes it, or says in its own words why not.
             reason = "; ".join(error.constraints)
         else:
-            _count("attended")
+            counts.count(_NAME)
             return out
-    _count("returned", reason)
+    counts.count(_NAME, reason)
     return _torchs(query, key, value, **options)
 
 

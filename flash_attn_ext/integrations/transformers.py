@@ -27,7 +27,9 @@ try:
 except ImportError:  # transformers 4
     _collector = None
 
+from .. import counts
 from ..attention import Window, attend
+from ..counts import Stats
 from ..errors import InputError
 from .mask_patterns import band_of_call
 from .masks import AttentionMask, Band
@@ -70,6 +72,12 @@ def register(name: str = NAME) -> None:
         raise InputError(f"{_FUNCTION}.register", [f"name must not contain {reserved[0]!r}, got {name!r}"])
     AttentionInterface.register(name, attention_function)
     AttentionMaskInterface.register(name, mask_function)
+    counts.start(_FUNCTION)
+
+
+def stats() -> Stats:
+    """Calls of the attention function since the first `register`. None goes back: what cannot be taken raises."""
+    return counts.stats(_FUNCTION)
 
 
 def attention_function(
@@ -163,6 +171,7 @@ def attention_function(
     if packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     out, lse = attend(_FUNCTION, q, k, v, **options)
+    counts.count(_FUNCTION)
     out = out.view(batch, seqlen_q, *out.shape[-2:])
     if sinks is not None:
         # A sink takes its share of the softmax's denominator, and leaves e^lse / (e^lse + e^sink).
