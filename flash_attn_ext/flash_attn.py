@@ -167,16 +167,7 @@ def _attend(
     function: str, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], lengths: tuple[Any, ...] = (None,) * 4
 ) -> Any:
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs = options
-    if isinstance(window_size, (tuple, list)):
-        window_size = tuple(max(side, -1) if isinstance(side, int) else side for side in window_size)
-    window, unmet = window_of(causal, window_size)
-    scores = {
-        "window": window,
-        "softmax_scale": softmax_scale,
-        "softcap": max(softcap, 0.0) if isinstance(softcap, (int, float)) else softcap,
-        "alibi_slopes": alibi_slopes,
-        **dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True)),
-    }
+    scores, unmet = scores_of(causal, window_size, softmax_scale, softcap, alibi_slopes, lengths)
     with_dropped = return_attn_probs and isinstance(dropout_p, float) and dropout_p > 0
     rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device) if with_dropped else None
     out, lse = attend(
@@ -187,11 +178,36 @@ def _attend(
         return out
     if rng_state is None:
         return out, lse, q.new_empty(0)
-    return out, lse, _probabilities(function, q, k, rng_state, dropout_p, scores)
+    return out, lse, probabilities(function, q, k, rng_state, dropout_p, scores)
+
+
+def scores_of(
+    causal: bool,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    lengths: tuple[Any, ...] = (None,) * 4,
+) -> tuple[dict[str, Any], list[str]]:
+    """What `attend` takes, from flash-attn's arguments, and the constraints that they do not meet.
+
+    lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
+    """
+    if isinstance(window_size, (tuple, list)):
+        window_size = tuple(max(side, -1) if isinstance(side, int) else side for side in window_size)
+    window, unmet = window_of(causal, window_size)
+    scores = {
+        "window": window,
+        "softmax_scale": softmax_scale,
+        "softcap": max(softcap, 0.0) if isinstance(softcap, (int, float)) else softcap,
+        "alibi_slopes": alibi_slopes,
+        **dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True)),
+    }
+    return scores, unmet
 
 
 @torch.no_grad()
-def _probabilities(
+def probabilities(
     function: str, q: Tensor, k: Tensor, rng_state: Tensor, dropout_p: float, scores: dict[str, Any]
 ) -> Tensor:
     """(batch, heads, seqlen_q, seqlen_k), negative where dropped.
