@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import counts
 from .attention import attend, window_of
 from .errors import InputError, as_integer, shown
 from .padding import pad_input
@@ -168,6 +169,33 @@ def _attend(
     function: str, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], lengths: tuple[Any, ...] = (None,) * 4
 ) -> Any:
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs = options
+    scores, unmet = scores_of(causal, window_size, softmax_scale, softcap, alibi_slopes, lengths)
+    rng_state = None
+    if return_attn_probs and isinstance(q, Tensor) and isinstance(dropout_p, (Real, Tensor)) and float(dropout_p) > 0:
+        rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+    out, lse = attend(
+        function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
+    )
+    counts.count("flash_attn")
+    if not return_attn_probs:
+        return out
+    if rng_state is None:
+        return out, lse, q.new_empty(0)
+    return out, lse, probabilities(function, q, k, rng_state, dropout_p, scores)
+
+
+def scores_of(
+    causal: bool,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    lengths: tuple[Any, ...] = (None,) * 4,
+) -> tuple[dict[str, Any], list[str]]:
+    """What `attend` takes, from flash-attn's arguments, and the constraints that they do not meet.
+
+    lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
+    """
     if isinstance(window_size, (tuple, list)):
         window_size = tuple(side if (n := as_integer(side)) is None else max(n, -1) for side in window_size)
     window, unmet = window_of(causal, window_size)
@@ -178,21 +206,11 @@ def _attend(
         "alibi_slopes": alibi_slopes,
         **dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True)),
     }
-    rng_state = None
-    if return_attn_probs and isinstance(q, Tensor) and isinstance(dropout_p, (Real, Tensor)) and float(dropout_p) > 0:
-        rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-    out, lse = attend(
-        function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
-    )
-    if not return_attn_probs:
-        return out
-    if rng_state is None:
-        return out, lse, q.new_empty(0)
-    return out, lse, _probabilities(function, q, k, rng_state, dropout_p, scores)
+    return scores, unmet
 
 
 @torch.no_grad()
-def _probabilities(
+def probabilities(
     function: str, q: Tensor, k: Tensor, rng_state: Tensor, dropout_p: float, scores: dict[str, Any]
 ) -> Tensor:
     """(batch, heads, seqlen_q, seqlen_k), negative where dropped.

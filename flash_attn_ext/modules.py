@@ -116,6 +116,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     a row whose every key is masked gives zeros in both cases, where torch gives NaN in one of them, and `is_causal`
     beside add_bias_kv or add_zero_attn follows attn_mask, where torch's hint hides the added keys from some rows.
 
+    Nested tensors raise, and torch.jit.script does not take the module; torch.export does.
+
     A torch.nn.TransformerEncoderLayer in eval mode without gradients computes its attention itself, from the
     parameters, and calls no module; torch.backends.mha.set_fastpath_enabled(False) makes it call this one.
     """
@@ -151,6 +153,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             InputError: a ValueError and TypeError that lists every unmet constraint.
         """
         try:
+            if query.is_nested or key.is_nested or value.is_nested:
+                instead = "pad them and pass a key_padding_mask, or leave the module torch.nn.MultiheadAttention"
+                raise InputError("MultiheadAttention", [f"query, key and value must not be nested tensors: {instead}"])
             ranks = (query.dim(), key.dim(), value.dim())
             if ranks not in ((2, 2, 2), (3, 3, 3)):
                 line = f"query, key and value must all have 2 dimensions (unbatched) or 3 (batched), got {ranks}"

@@ -89,3 +89,29 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 def _range(x: Tensor) -> str:
     return f"{int(x.min())} to {int(x.max())}"
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`unpad_input` where each row of the batch is several sequences after one another, with padding at its end.
+
+    Args:
+        hidden_states: (batch, seqlen, ...).
+        attention_mask_in_length: (batch, seqlen) integer; its nonzero elements are the lengths of a row's sequences, in
+            order: [[2, 3, 0, 0, 0, 0]] has two, and one place of padding.
+
+    Returns:
+        hidden_states (total, ...), indices (total,), cu_seqlens (sequences + 1,) int32 and max_seqlen.
+    """
+    if hidden_states.dim() < 2 or attention_mask_in_length.shape != hidden_states.shape[:2]:
+        line = (
+            "attention_mask_in_length must have shape (batch, seqlen), the first two dimensions of hidden_states "
+            f"{tuple(hidden_states.shape)}, got {tuple(attention_mask_in_length.shape)}"
+        )
+        raise InputError("unpad_input_for_concatenated_sequences", [line])
+    places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    packed, indices, *_ = unpad_input(hidden_states, places < attention_mask_in_length.sum(1, keepdim=True))
+    lengths = attention_mask_in_length[attention_mask_in_length != 0]
+    cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return packed, indices, cu_seqlens, int(lengths.max()) if len(lengths) else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from .errors import InputError, raise_input_error
 
 _FUNCTION = "scaled_dot_product_attention"
 _IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim))"
+_BOTH = "is_causal must be False where attn_mask is given, got both"
 _KINDS = {**dict.fromkeys(("query", "key", "value"), "tensor"), "attn_mask": "tensor?"}
 
 
@@ -33,7 +36,7 @@ def scaled_dot_product_attention(
         key: (..., seqlen_k, head_dim).
         value: (..., seqlen_k, head_dim_v).
         attn_mask: broadcasts to (..., seqlen_q, seqlen_k). bool: True = attend; query's dtype or float32: added to the
-            scores, with a gradient.
+            scores, with a gradient. Or torch.nn.attention.bias.causal_upper_left or causal_lower_right.
         dropout_p: applied always, in training or not, as torch's is.
         is_causal: row i sees keys 0 to i: the diagonal starts in the top left corner. Excludes attn_mask.
         scale: None is 1 / sqrt(head_dim).
@@ -48,6 +51,11 @@ def scaled_dot_product_attention(
     try:
         q, k, v, bias, mask = query, key, value, None, None
         leading = None
+        bottom_right = False
+        if is_causal_bias(attn_mask):
+            bottom_right = not _starts_top_left(attn_mask)
+            _check_causal_bias(query, key, attn_mask, is_causal)
+            attn_mask, is_causal = None, True
         if attn_mask is not None or not _is_usual(query, key, value, enable_gqa):
             leading = _leading_dimensions(query, key, value, attn_mask, is_causal, enable_gqa)
             q, k, v = (_batch_and_heads(x, leading, enable_gqa) for x in (query, key, value))
@@ -61,8 +69,8 @@ def scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            # The window is aligned to the bottom right; this moves its diagonal to the top left.
-            window=(None, query.shape[-2] - key.shape[-2] if is_causal else None),
+            # The window is aligned to the bottom right; the difference moves its diagonal to the top left.
+            window=(None, (0 if bottom_right else query.shape[-2] - key.shape[-2]) if is_causal else None),
             softmax_scale=scale,
             bias=bias,
             mask=mask,
@@ -72,6 +80,42 @@ def scaled_dot_product_attention(
         return out if leading is None else out.reshape(*leading, *out.shape[2:])
     except Exception as error:
         raise_input_error(_FUNCTION, error, locals(), _KINDS)
+
+
+def is_causal_bias(attn_mask: Any) -> bool:
+    """A torch.nn.attention.bias.CausalBias, which describes a mask and has no elements.
+
+    Nobody has one who has not imported its module; the import brings in torch._dynamo.
+    """
+    bias = sys.modules.get("torch.nn.attention.bias")
+    return bias is not None and isinstance(attn_mask, bias.CausalBias)
+
+
+def without_causal_bias(attn_mask: Any, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) that say the same, for a function that knows no CausalBias."""
+    if not is_causal_bias(attn_mask):
+        return attn_mask, is_causal
+    if is_causal:
+        raise InputError(_FUNCTION, [_BOTH])
+    if _starts_top_left(attn_mask):
+        return None, True
+    rows, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows), False
+
+
+def _starts_top_left(causal_bias: Any) -> bool:
+    """As torch does, which then reads no sizes from it."""
+    return causal_bias.variant.name == "UPPER_LEFT" or causal_bias.seq_len_q == causal_bias.seq_len_kv
+
+
+def _check_causal_bias(query: Tensor, key: Tensor, causal_bias: Any, is_causal: bool) -> None:
+    lines = [_BOTH] if is_causal else []
+    sizes = (causal_bias.seq_len_q, causal_bias.seq_len_kv)
+    given = (*query.shape[-2:-1], *key.shape[-2:-1])
+    if not _starts_top_left(causal_bias) and sizes != given:
+        lines.append(f"attn_mask, a causal_lower_right, must be of (seqlen_q, seqlen_k) = {given}, got {sizes}")
+    if lines:
+        raise InputError(_FUNCTION, lines)
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
@@ -92,7 +136,7 @@ def _leading_dimensions(
     not_broadcast = 3 if enable_gqa else 2  # heads, seqlen, dim
     if attn_mask is not None:
         if is_causal:
-            lines.append("is_causal must be False where attn_mask is given, got both")
+            lines.append(_BOTH)
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             lines.append(f"attn_mask must be bool, float32 or query's {query.dtype}, got {attn_mask.dtype}")
     too_small = [name for name, x in tensors.items() if x.dim() < not_broadcast]

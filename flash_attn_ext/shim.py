@@ -24,8 +24,11 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from . import counts
 from . import flash_attn as functions
-from .padding import pad_input, unpad_input
+from . import flash_attn_passes as passes
+from .counts import Stats
+from .padding import pad_input, unpad_input, unpad_input_for_concatenated_sequences
 
 VERSION = "2.8.3"
 """The version of flash-attn whose functions and signatures there are."""
@@ -55,6 +58,7 @@ def install(*, replace: bool = False) -> None:
     for name in imported:
         del sys.modules[name]
     sys.meta_path.insert(0, _finder)
+    counts.start(_PACKAGE)
     _forget_availability()
 
 
@@ -63,11 +67,17 @@ def uninstall() -> None:
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
+    counts.stop(_PACKAGE)
     for name in _imported():
         del sys.modules[name]
     sys.modules.update(_finder.replaced)
     _finder.replaced = {}
     _forget_availability()
+
+
+def stats() -> Stats:
+    """Calls of the attention functions since the last `install`. None goes back: what cannot be taken raises."""
+    return counts.stats(_PACKAGE)
 
 
 def _imported() -> dict[str, ModuleType]:
@@ -96,6 +106,11 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     return x[indices]
 
 
+def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """x: (total, ...), indices: (n,) -> (n, ...), and x, for a residual path."""
+    return x[indices], x.view_as(x)
+
+
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """values: (n, ...), indices: (n,) -> (first_axis_dim, ...), zero where no index points to."""
     return pad_input(values, indices, 1, first_axis_dim)[0]
@@ -105,13 +120,16 @@ _INTERFACE = {
     **{name: value for name, value in vars(functions).items() if name.startswith("flash_attn_")},
     "flash_attn_with_kvcache": flash_attn_with_kvcache,
 }
+_PASSES = {name: value for name, value in vars(passes).items() if name.startswith("_flash_attn_")}
 _MODULES: dict[str, dict[str, Any]] = {
     _PACKAGE: {"__version__": VERSION, "__path__": [], **_INTERFACE},
-    f"{_PACKAGE}.flash_attn_interface": _INTERFACE,
+    f"{_PACKAGE}.flash_attn_interface": {**_INTERFACE, **_PASSES},
     f"{_PACKAGE}.bert_padding": {
         "pad_input": pad_input,
         "unpad_input": unpad_input,
+        "unpad_input_for_concatenated_sequences": unpad_input_for_concatenated_sequences,
         "index_first_axis": index_first_axis,
+        "index_first_axis_residual": index_first_axis_residual,
         "index_put_first_axis": index_put_first_axis,
     },
 }
@@ -136,7 +154,7 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(name, self, is_package=name == _PACKAGE, origin=__file__) if name in _MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(_MODULES[module.__name__])
+        vars(module).update(_MODULES[module.__name__], __file__=__file__)  # inspect asks where a module comes from
 
     def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
         asked = context.name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import flash_attn_ext
-from flash_attn_ext.integrations.modules import SwappedMultiheadAttention, swap, unswap
+from flash_attn_ext.integrations.modules import SwappedMultiheadAttention, stats, swap, unswap
 
 
 class Renamed(nn.MultiheadAttention):
@@ -136,6 +136,54 @@ def test_training_goes_on_where_it_was() -> None:
     assert losses[True] == pytest.approx(losses[False], rel=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 6, "add_bias_kv": True}])
+def test_parameters_are_reset_as_torch_resets_them(options: dict[str, object]) -> None:
+    drawn = []
+    for swapped in (False, True):
+        torch.manual_seed(5)
+        model = nn.MultiheadAttention(16, 4, **options)
+        if swapped:
+            swap(model)
+        model._reset_parameters()
+        assert type(model) is (SwappedMultiheadAttention if swapped else nn.MultiheadAttention)
+        drawn.append(model.state_dict())
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_nested_tensors_raise(need_weights: bool, layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=layout)
+    model = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    swap(model)
+    with torch.no_grad(), pytest.raises(flash_attn_ext.InputError, match="must not be nested tensors"):
+        model(x, x, x, need_weights=need_weights)
+
+
+def test_scripting_needs_torchs_modules() -> None:
+    model = nn.MultiheadAttention(16, 4)
+    swap(model)
+    with pytest.raises(RuntimeError):
+        torch.jit.script(model)
+    unswap(model)
+    torch.jit.script(model)
+
+
+def test_who_gets_the_matrix_of_weights_is_said_and_counted() -> None:
+    model, x = nn.ModuleDict({"encoder": encoder(), "direct": nn.MultiheadAttention(16, 4)}).double(), normal(3, 7, 16)
+    report = swap(model)
+    assert report.called_directly == ("direct",)
+    assert "need_weights=False: direct" in str(report)
+    before = stats()
+    model["encoder"](x)
+    model["direct"](x, x, x, need_weights=False)
+    model["direct"](x, x, x)
+    asked = "need_weights=True, the default"
+    assert stats().attended == before.attended + 3
+    assert stats().returned[asked] == before.returned.get(asked, 0) + 1
+    assert f"went back to torch: {asked}" in str(stats())
+
+
 def test_copies_and_pickles() -> None:
     model, x = encoder(), normal(3, 7, 16)
     swap(model)
@@ -150,5 +198,9 @@ def test_swapped_encoder_compiles() -> None:
     model, x = encoder(), normal(3, 7, 16)
     swap(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
+    before = stats()
+    out = compiled(x)
+    torch.testing.assert_close(compiled(x), out)
+    assert (stats().traced, stats().attended) == (before.traced + 2, before.attended)
+    torch.testing.assert_close(out, model(x))
     torch._dynamo.reset()

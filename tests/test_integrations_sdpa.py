@@ -6,15 +6,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, bias, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 
+import flash_attn_ext
 from flash_attn_ext import reference
 from flash_attn_ext.integrations import flash_kernels, sdpa
 
@@ -136,7 +138,7 @@ def test_kernel_that_declines_runs_torchs() -> None:
     with sdpa.enable():
         with pytest.raises(RuntimeError, match="dropout"):  # which takes no dropout either
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.5)
-        assert list(sdpa.stats().returned) == ["_scaled_dot_product_flash_attention_for_cpu: dropout_p > 0"]
+        assert list(sdpa.stats().returned) == ["_scaled_dot_product_flash_attention_for_cpu: dropout_p != 0"]
         wide = normal(1, 2, 5, 600)
         expected = torch.softmax(0.1 * wide @ wide.transpose(-1, -2), -1) @ wide
         torch.testing.assert_close(imported_by_name(wide, wide, wide, scale=0.1), expected)
@@ -209,6 +211,146 @@ def test_compiled_calls_go_back_too() -> None:
         compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(long), TORCHS(long, long, long))
         assert [n for why, n in sdpa.stats().returned.items() if "in a compiled graph" in why] == [1]
+
+
+CAUSAL_BIASES = pytest.mark.parametrize("make_bias", [bias.causal_upper_left, bias.causal_lower_right])
+
+
+@CAUSAL_BIASES
+@pytest.mark.parametrize("sizes", [(7, 7), (7, 9), (9, 7), (1, 7)])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+def test_causal_biases_of_torch(make_bias: Callable[..., Tensor], sizes: tuple[int, int]) -> None:
+    q, k, v = (normal(2, 4, n, 16, seed=i).requires_grad_() for i, n in enumerate((*sizes, sizes[1])))
+    mask = make_bias(*sizes)
+    same(lambda: F.scaled_dot_product_attention(q, k, v, mask, scale=0.3), [q, k, v])
+    assert sdpa.stats() == sdpa.Stats(attended=1, returned={}, kernels=0, traced=0)
+    expected = TORCHS(q, k, v, mask)
+    torch.testing.assert_close(flash_attn_ext.scaled_dot_product_attention(q, k, v, mask), expected)
+    with sdpa.enable(), sdpa_kernel(SDPBackend.MATH):  # which torch has to do
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, mask), expected)
+        assert sdpa.stats().attended == 0
+        assert list(sdpa.stats().returned.values()) == [1]
+
+
+@CAUSAL_BIASES
+def test_compiled_causal_biases_of_torch(make_bias: Callable[..., Tensor]) -> None:
+    q, k, v = (x.detach() for x in qkv(seqlen_k=9))
+    mask = make_bias(7, 9)
+    expected = TORCHS(q, k, v, mask)
+    with sdpa.enable():
+        compiled = torch.compile(F.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(q, k, v, mask), expected)
+        assert (sdpa.stats().traced, sdpa.stats().returned) == (1, {})
+
+
+def test_causal_biases_that_do_not_fit() -> None:
+    q, k, v = (x.detach() for x in qkv(seqlen_k=9))
+    with sdpa.enable():
+        with pytest.raises(ValueError, match="got both"):  # torch's error has the same class
+            F.scaled_dot_product_attention(q, k, v, bias.causal_upper_left(7, 9), is_causal=True)
+        with pytest.raises(RuntimeError, match="must match"):
+            F.scaled_dot_product_attention(q, k, v, bias.causal_lower_right(7, 8))
+        # Torch reads no sizes from this one.
+        out = F.scaled_dot_product_attention(q, k, v, bias.causal_upper_left(3, 4))
+        torch.testing.assert_close(out, TORCHS(q, k, v, is_causal=True))
+    assert sdpa.stats().attended == 1
+
+
+class WithoutFunctions(Tensor):
+    """A subclass that has torch's own functions."""
+
+
+class WithFunctions(Tensor):
+    """A subclass that answers for itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        if func is TORCHS:
+            return "mine"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_subclasses() -> None:
+    q = normal(1, 2, 5, 16)
+    with sdpa.enable():
+        out = F.scaled_dot_product_attention(*[q.as_subclass(WithoutFunctions)] * 3)
+        assert type(out) is WithoutFunctions
+        assert sdpa.stats().attended == 1
+        assert F.scaled_dot_product_attention(q, q, q.as_subclass(WithFunctions)) == "mine"
+        assert list(sdpa.stats().returned) == ["a tensor subclass with an attention of its own"]
+
+
+def test_modes_do_not_switch_it_off() -> None:
+    q = normal(1, 2, 5, 16)
+    with sdpa.enable():
+        with torch.device("cpu"):
+            F.scaled_dot_product_attention(q, q, q)
+        torch.set_default_device("cpu")
+        try:
+            F.scaled_dot_product_attention(q, q, q)
+        finally:
+            torch.set_default_device(None)
+        assert sdpa.stats() == sdpa.Stats(attended=2, returned={}, kernels=0, traced=0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    q = normal(1, 2, 5, 16)
+    with sdpa.enable():
+        program = torch.export.export(Model(), (q,), strict=strict)
+    assert "flash_attn_ext.forward" in str(program.graph)
+    torch.testing.assert_close(program.module()(q), TORCHS(q, q, q, is_causal=True))
+
+
+@pytest.mark.parametrize("dropout_p", [-0.5, 1.5])
+@pytest.mark.parametrize("function", ["by name", "held"])
+def test_impossible_dropout(dropout_p: float, function: str) -> None:
+    q = normal(1, 2, 5, 16)
+    with pytest.raises(RuntimeError) as torchs:
+        TORCHS(q, q, q, dropout_p=dropout_p)
+    with sdpa.enable():
+        called = F.scaled_dot_product_attention if function == "by name" else imported_by_name
+        with pytest.raises(RuntimeError) as ours:
+            called(q, q, q, dropout_p=dropout_p)
+    assert str(ours.value) == str(torchs.value)
+
+
+DTENSORS = """
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from flash_attn_ext.integrations import dtensor, sdpa
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+local = torch.randn(2, 4, 7, 16, dtype=torch.float64)
+q = distribute_tensor(local, mesh, [Shard(0)])
+expected = F.scaled_dot_product_attention(local, local, local)
+with sdpa.enable():
+    with sdpa_kernel(SDPBackend.MATH):  # torch's only attention of DTensors on the CPU
+        out = F.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(out.full_tensor(), expected)
+    print(sdpa.stats().attended, sdpa.stats().returned)
+    dtensor.register()
+    out = F.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(out.full_tensor(), expected)
+    with sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+    print(sdpa.stats().attended, sdpa.stats().returned["DTensors with dropout"])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_dtensors_run_here_once_they_are_registered(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys\n" + DTENSORS, str(tmp_path / "store")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["0 {'DTensors, without integrations.dtensor.register()': 1}", "1 1"]
 
 
 def test_nesting_and_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import flash_attn_ext
-from flash_attn_ext import shim
+from flash_attn_ext import flash_attn_passes, shim
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is not None, reason="another flash_attn is installed here"
@@ -36,8 +37,16 @@ def test_nothing_happens_on_import() -> None:
 def test_modules_resolve_to_ours() -> None:
     import flash_attn
     from flash_attn.bert_padding import pad_input, unpad_input
-    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+    from flash_attn.flash_attn_interface import (
+        _flash_attn_backward,
+        _flash_attn_forward,
+        _flash_attn_varlen_backward,
+        _flash_attn_varlen_forward,
+        flash_attn_varlen_func,
+    )
 
+    passes = (_flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward)
+    assert all(vars(flash_attn_passes)[function.__name__] is function for function in passes)
     names = [name for name in flash_attn_ext.__all__ if name.startswith("flash_attn_")]
     assert len(names) == 6
     for name in names:
@@ -57,9 +66,56 @@ def test_what_is_not_there() -> None:
 
     with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.layers"):
         importlib.import_module("flash_attn.layers")
+    for module, name in (("bert_padding", "IndexFirstAxis"), ("flash_attn_interface", "FlashAttnFunc")):
+        with pytest.raises(ImportError, match=name):
+            exec(f"from flash_attn.{module} import {name}")
     cache = torch.zeros(1, 4, 1, 8)
     with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
         flash_attn_with_kvcache(cache[:, :1], cache, cache, cache_seqlens=3)
+
+
+@pytest.mark.usefixtures("installed")
+def test_functions_of_bert_padding() -> None:
+    from flash_attn.bert_padding import index_first_axis_residual, unpad_input_for_concatenated_sequences
+
+    x = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
+    packed, indices, cu_seqlens, longest = unpad_input_for_concatenated_sequences(x, lengths)
+    assert cu_seqlens.tolist() == [0, 2, 5, 8, 10, 16]
+    assert cu_seqlens.dtype == torch.int32
+    assert longest == 6
+    assert indices.tolist() == [*range(5), *range(6, 11), *range(12, 18)]
+    assert torch.equal(packed, torch.cat([x[0, :5], x[1, :5], x[2]]))
+    with pytest.raises(flash_attn_ext.InputError, match="attention_mask_in_length must have shape"):
+        unpad_input_for_concatenated_sequences(x, lengths[:, :5])
+    rows = x.flatten(0, 1)
+    chosen, residual = index_first_axis_residual(rows, indices[:4])
+    assert torch.equal(chosen, rows[:4])
+    assert torch.equal(residual, rows)
+    (gradient,) = torch.autograd.grad((chosen.sum(), residual.sum()), x)
+    assert torch.equal(gradient.flatten(0, 1)[:, 0], torch.tensor([2.0] * 4 + [1.0] * 14, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("installed")
+def test_modules_have_a_file() -> None:
+    for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"):
+        assert inspect.getsourcefile(importlib.import_module(name)) == shim.__file__
+        assert inspect.getsource(importlib.import_module(name))
+
+
+@pytest.mark.usefixtures("installed")
+def test_calls_are_counted_while_installed() -> None:
+    q = torch.randn(1, 7, 2, 8)
+    for _ in range(2):
+        flash_attn_ext.flash_attn_func(q, q, q)
+    compiled = torch.compile(flash_attn_ext.flash_attn_func, fullgraph=True, backend="aot_eager")
+    compiled(q, q, q)
+    compiled(q, q, q)
+    shim.uninstall()
+    flash_attn_ext.flash_attn_func(q, q, q)
+    assert (shim.stats().attended, shim.stats().traced, shim.stats().returned) == (2, 1, {})
+    shim.install()
+    assert shim.stats().attended == 0
 
 
 @pytest.mark.usefixtures("installed")

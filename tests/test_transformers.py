@@ -428,12 +428,26 @@ def test_a_graph_break_before_attention_keeps_causal_order() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.skipif(not VERSION_5, reason="transformers 4 gives None and does not ask")
-def test_output_attentions_raises() -> None:
-    model = build("bert")
+def test_calls_are_counted() -> None:
+    model, ids = build("llama"), token_ids(2, SEQLEN)
     model.set_attn_implementation(fa_ext.NAME)
-    with pytest.raises((ValueError, TypeError), match="eager"):
-        model(**inputs_of("bert", "none", torch.float32), output_attentions=True)
+    before = fa_ext.stats()
+    model(ids)
+    assert fa_ext.stats().attended == before.attended + 2  # layers
+    torch.compile(model, backend="aot_eager")(ids)
+    assert fa_ext.stats().attended == before.attended + 2
+    assert fa_ext.stats().traced == before.traced + 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not VERSION_5, reason="transformers 4 gives None and does not ask")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "t5", "whisper"])
+def test_output_attentions_raises(name: str) -> None:
+    model, inputs = build(name), inputs_of(name, "none", torch.float32)
+    model.set_attn_implementation(fa_ext.NAME)
+    with pytest.raises((ValueError, TypeError), match="output_attentions must not be given"):
+        model(**inputs, output_attentions=True)
+    model(**inputs, output_hidden_states=True)
 
 
 def test_is_asked_for_when_loading(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", minversion="4.57", reason="transformers is not installed")
 
 from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flash_attn_ext import InputError, reference
 from flash_attn_ext.integrations import transformers as fa_ext
@@ -114,10 +115,23 @@ if VERSION_5:
 
 
 class Module(nn.Module):
-    is_causal = True
+    num_key_value_groups = HEADS // HEADS_KV
+
+    def __init__(self, is_causal: bool | None = True) -> None:
+        super().__init__()
+        if is_causal is not None:
+            self.is_causal = is_causal
 
 
-def attend(mask: Tensor | None, seqlen_q: int = 20, seqlen_k: int = 20, **options: Any) -> list[Tensor]:
+def attend(
+    mask: Tensor | None,
+    seqlen_q: int = 20,
+    seqlen_k: int = 20,
+    *,
+    module: nn.Module | None = None,
+    function: Callable[..., tuple[Tensor, None]] = fa_ext.attention_function,
+    **options: Any,
+) -> list[Tensor]:
     """Output and the gradients of query, key and value."""
     generator = torch.Generator().manual_seed(0)
 
@@ -126,7 +140,7 @@ def attend(mask: Tensor | None, seqlen_q: int = 20, seqlen_k: int = 20, **option
         return x.requires_grad_()
 
     q, k, v = draw(HEADS, seqlen_q), draw(HEADS_KV, seqlen_k), draw(HEADS_KV, seqlen_k)
-    out, weights = fa_ext.attention_function(Module(), q, k, v, mask, **options)
+    out, weights = function(Module() if module is None else module, q, k, v, mask, **options)
     assert weights is None
     return [
         out.detach(),
@@ -207,12 +221,25 @@ def test_mask_in_other_code() -> None:
     assert_same(attend(mask), attend(changed.expand(BATCH, 1, -1, -1)))
 
 
-def test_none_and_is_causal() -> None:
-    """Without a mask rows see everything, as in eager attention, unless is_causal is an argument."""
-    everything = torch.ones(BATCH, 1, 20, 20, dtype=torch.bool)
-    assert_same(attend(None), attend(everything))
-    assert_same(attend(None, sliding_window=5), attend(everything))
-    assert_same(attend(None, is_causal=True), attend(everything.tril()))
+@pytest.mark.parametrize("sizes", [(20, 20), (1, 20), (5, 20)])
+@pytest.mark.parametrize("of_module", [True, False, None])
+@pytest.mark.parametrize("is_causal", [True, False, None])
+def test_without_a_mask_causal_order_is_that_of_the_librarys_sdpa(
+    is_causal: bool | None, of_module: bool | None, sizes: tuple[int, int]
+) -> None:
+    module = Module(of_module)
+    expected = attend(None, *sizes, module=module, is_causal=is_causal, function=sdpa_attention_forward)
+    assert_same(attend(None, *sizes, module=module, is_causal=is_causal), expected)
+
+
+def test_without_a_mask_sliding_window_is_one() -> None:
+    order = torch.ones(BATCH, 1, 20, 20, dtype=torch.bool).tril()
+    assert_same(attend(None, sliding_window=5), attend(order & ~order.tril(-5)))
+    around = ~order.tril(-5) & ~order.tril(-5).mT
+    assert_same(attend(None, sliding_window=5, is_causal=False), attend(around))
+    last = torch.arange(20).expand(BATCH, 1, 1, 20) >= 15
+    assert_same(attend(None, 1, 20, sliding_window=5), attend(last, 1, 20))
+    assert_same(attend(order, sliding_window=5), attend(order))  # a mask has it in it
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -286,8 +313,8 @@ def test_sinks(name: str) -> None:
 def test_queries_of_batch_one() -> None:
     q = torch.randn(1, HEADS, 5, HEAD_DIM)
     k, v = torch.randn(2, BATCH, HEADS, 7, HEAD_DIM)
-    out, _ = fa_ext.attention_function(Module(), q, k, v, None)
-    expected, _ = fa_ext.attention_function(Module(), q.expand(BATCH, -1, -1, -1), k, v, None)
+    out, _ = fa_ext.attention_function(Module(False), q, k, v, None)
+    expected, _ = fa_ext.attention_function(Module(False), q.expand(BATCH, -1, -1, -1), k, v, None)
     assert torch.equal(out, expected)
 
 
@@ -304,6 +331,8 @@ def test_dropout_drops() -> None:
         (None, {"head_mask": torch.ones(HEADS)}, "head_mask"),
         (None, {"block_indices": torch.zeros(1)}, "block_indices"),
         (None, {"block_table": torch.zeros(1)}, "paged"),
+        (None, {"alibi": torch.ones(HEADS)}, "alibi must not be given: this attention does not know it"),
+        (None, {"head_mask": torch.ones(HEADS), "alibi": torch.ones(HEADS)}, "2 constraints are not met"),
         (None, {"indices": torch.zeros(BATCH, 20, 1, dtype=torch.int64)}, "attention_mask must be given"),
         ("left padding", {"cu_seq_lens_q": torch.tensor([0, 60])}, "padding"),
         ("packed", {"cu_seq_lens_q": torch.tensor([0, 60])}, "9 sequences where it has 1"),
@@ -318,6 +347,12 @@ def test_what_cannot_be_taken_raises(mask: Any, options: dict[str, Any], message
         mask = fa_ext.mask_function(**{**CALLS, **OTHER_CALLS}[mask])
     with pytest.raises(InputError, match=message):
         attend(mask, **options)
+
+
+def test_what_models_hand_on_changes_nothing() -> None:
+    mask = expected_mask(CALLS["causal"])
+    handed_on = {"position_ids": torch.arange(20)[None], "num_items_in_batch": torch.tensor(3), "use_cache": True}
+    assert_same(attend(mask, **handed_on, output_attentions=False, alibi=None), attend(mask))
 
 
 @pytest.mark.parametrize("name", ["flash_ext", "my_sdpa", "paged|x"])

@@ -17,16 +17,22 @@ from ..ops import OPTIONAL_TENSORS, ops
 
 _NUMBERS = 8  # numeric arguments of the op forward, after the tensors
 
+registered = False
 # Placements of the outputs, and of the arguments (None: not a tensor).
 Sharding = tuple[list[Any], list[Any]]
 
 
 def register() -> None:
-    """Registers batch and head sharding for forward, backward, merge and softmax. Once in every process."""
+    """Registers batch and head sharding for forward, backward, merge and softmax. Once in every process.
+
+    From then on integrations.sdpa takes DTensors too.
+    """
     register_sharding(ops.forward.default)(_forward)
     register_sharding(ops.backward.default)(_backward)
     register_sharding([ops.merge.default, ops.merge_backward.default])(_merge)
     register_sharding([ops.softmax.default, ops.softmax_backward.default])(_softmax)
+    global registered
+    registered = True
 
 
 def _forward(q: Any, k: Any, v: Any, *options: Any) -> list[Sharding]:

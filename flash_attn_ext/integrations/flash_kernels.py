@@ -164,8 +164,8 @@ def _cpu_forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if dropout_p > 0:
-        raise _DeclinedError("dropout_p > 0")
+    if dropout_p != 0:
+        raise _DeclinedError("dropout_p != 0")
     options = _cpu_options(query, key, is_causal, attn_mask, scale)
     out, lse = ops.forward(*_swap(query, key, value), *options)
     return _like(query, out.transpose(1, 2)), lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -184,8 +184,8 @@ def _cpu_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    if dropout_p > 0:
-        raise _DeclinedError("dropout_p > 0")
+    if dropout_p != 0:
+        raise _DeclinedError("dropout_p != 0")
     options = _cpu_options(query, key, is_causal, attn_mask, scale)
     dout, q, k, v, out = _swap(grad_out, query, key, value, out)
     gradients = ops.backward(dout, None, q, k, v, out, logsumexp, *options, True, False)

@@ -11,19 +11,20 @@ Calls arrive in two ways, which are opened and closed together:
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from .. import counts
+from ..counts import Stats
 from ..errors import InputError
 from ..ops import cuda_library_status
-from ..sdpa import scaled_dot_product_attention
+from ..sdpa import is_causal_bias, scaled_dot_product_attention, without_causal_bias
 from . import flash_kernels
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -31,37 +32,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _while_tracing: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_HEAD_DIM = 512
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Calls since the last `enable`."""
-
-    attended: int
-    """Calls by name that ran here."""
-    returned: dict[str, int]
-    """Calls by name, or of torch's flash kernels, that went back to torch, by reason."""
-    kernels: int
-    """Calls of torch's flash kernels, forward and backward, that ran here, having come another way than by name."""
-    traced: int
-    """Calls by name that torch.compile or torch.export traced; how often such graphs run is not known here."""
-
-    def __str__(self) -> str:
-        ran = f"{self.attended} calls ran here, {self.traced} were compiled, {self.kernels} came as kernels"
-        lines = [f"{count} went back to torch: {reason}" for reason, count in self.returned.items()]
-        return "\n".join([f"scaled_dot_product_attention: {ran}", *lines])
+_NAME = "scaled_dot_product_attention"  # in counts
+# What the classes of tensors have as __torch_function__ that leave torch's functions as they are.
+_NO_FUNCTIONS = torch._C._disabled_torch_function_impl
+_TORCHS_FUNCTIONS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 class _State:
-    """What is switched on, and the counts. Calls come from several threads, autograd's among them."""
+    """What is switched on."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.enabled = False
         self.torchs: Any = F.scaled_dot_product_attention  # from before, like the next
         self.fast_path = True  # of torch.backends.mha
-        self.counts: Counter[str] = Counter()
-        self.returned: Counter[str] = Counter()
 
 
 _state = _State()
@@ -97,8 +81,8 @@ def enable() -> Enabled:
     with _state.lock:
         was_enabled = _state.enabled
         if not was_enabled:
-            _state.counts.clear()
-            _state.returned.clear()
+            counts.stop(_NAME)
+            counts.start(_NAME)
             flash_kernels.install(_count_kernel)
             _state.torchs = F.scaled_dot_product_attention
             _state.fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -130,27 +114,11 @@ def disable() -> None:
 
 def stats() -> Stats:
     """What became of the calls since the last `enable`."""
-    with _state.lock:
-        counts = _state.counts
-        return Stats(counts["attended"], dict(_state.returned), counts["kernels"], counts["traced"])
-
-
-def _count(key: str, reason: str | None = None) -> None:
-    with _state.lock:
-        if reason is None:
-            _state.counts[key] += 1
-        else:
-            _state.returned[reason] += 1
-
-
-@_while_tracing
-def _count_traced(reason: str | None) -> int:
-    _count("traced", None if reason is None else f"{reason} (in a compiled graph)")
-    return 0
+    return counts.stats(_NAME)
 
 
 def _count_kernel(reason: str | None) -> None:
-    _count("kernels", reason)
+    counts.add(_NAME, "kernels", reason)
 
 
 @_while_tracing
@@ -177,10 +145,10 @@ def _attend(
         "enable_gqa": enable_gqa,
     }
     # Who has imported the name while it was ours may call it for ever.
-    reason = _why_not(query, key, value, attn_mask) if _state.enabled else "disabled"
+    reason = _why_not(query, key, value, attn_mask, dropout_p) if _state.enabled else "disabled"
     if torch.compiler.is_compiling():
-        _count_traced(reason)
-        return (_state.torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
+        counts.count(_NAME, reason)
+        return (_torchs if reason else scaled_dot_product_attention)(query, key, value, **options)
     if reason is None:
         try:
             out = scaled_dot_product_attention(query, key, value, **options)
@@ -188,21 +156,34 @@ def _attend(
             # torch takes it, or says in its own words why not.
             reason = "; ".join(error.constraints)
         else:
-            _count("attended")
+            counts.count(_NAME)
             return out
-    _count("returned", reason)
+    counts.count(_NAME, reason)
+    return _torchs(query, key, value, **options)
+
+
+def _torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Torch's function. It recognises a CausalBias only where it is called by its name, which is ours meanwhile."""
+    if is_causal_bias(options["attn_mask"]):
+        mask, is_causal = without_causal_bias(options["attn_mask"], options["is_causal"], query.device)
+        options |= {"attn_mask": mask, "is_causal": is_causal}
     return _state.torchs(query, key, value, **options)
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
     """Why a call is torch's, as far as dtypes, devices and settings tell, without its values."""
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if not all(isinstance(x, Tensor) for x in tensors):
         return "not a tensor"
-    if torch.overrides.has_torch_function(tensors):
+    if any(_has_functions_of_its_own(x) for x in tensors):
         return "a tensor subclass with an attention of its own"
     if any(x.is_nested for x in tensors):
         return "nested tensors"
+    if any(_is_dtensor(x) for x in tensors):
+        if not _dtensors_are_registered():
+            return "DTensors, without integrations.dtensor.register()"
+        if dropout_p > 0:
+            return "DTensors with dropout"
     if not _flash_is_allowed():
         return "flash attention is switched off (torch.nn.attention.sdpa_kernel, torch.backends.cuda)"
     device, dtype = query.device.type, query.dtype
@@ -215,6 +196,24 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     if any(x.dim() > 0 and x.shape[-1] > _LARGEST_HEAD_DIM for x in (query, value)):
         return f"a head dimension above {_LARGEST_HEAD_DIM}"
     return None
+
+
+def _has_functions_of_its_own(x: Tensor) -> bool:
+    """By its class: modes, such as torch.device as a context, are active for all tensors and need no other way."""
+    if type(x) in (Tensor, torch.nn.Parameter) or is_causal_bias(x):
+        return False
+    function = type(x).__torch_function__
+    return function is not _NO_FUNCTIONS and getattr(function, "__func__", None) is not _TORCHS_FUNCTIONS
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # not imported for this: who has one has imported it
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def _dtensors_are_registered() -> bool:
+    dtensor = sys.modules.get(f"{__package__}.dtensor")
+    return dtensor is not None and dtensor.registered
 
 
 @_while_tracing

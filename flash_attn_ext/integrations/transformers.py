@@ -22,7 +22,14 @@ try:
 except ImportError as error:
     raise ImportError(f"flash_attn_ext.integrations.transformers needs transformers 4.57 or newer: {error}") from None
 
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:  # transformers 4
+    _collector = None
+
+from .. import counts
 from ..attention import Window, attend
+from ..counts import Stats
 from ..errors import InputError
 from .mask_patterns import band_of_call
 from .masks import AttentionMask, Band
@@ -37,8 +44,21 @@ _NOT_TAKEN = {
     "block_indices": "attention to selected blocks of keys is not supported; use attn_implementation='eager'",
     "block_table": "paged caches are not supported",
 }
+# Arguments that change nothing here. Models hand on all that they are called with: what is for other parts of them, for
+# the loss, or comes from a tokenizer; positions and lengths whose effect is in query, key, mask and cu_seq_lens; speed.
+_NO_EFFECT = frozenset(
+    {
+        *("use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "output_router_logits"),
+        *("labels", "shift_labels", "ignore_index", "num_items_in_batch"),
+        *("token_type_ids", "mm_token_type_ids", "special_tokens_mask", "offset_mapping", "length"),
+        *("position_ids", "cache_position", "seq_idx", "max_length_q", "max_length_k"),
+        *("deterministic", "kernel_options"),
+    }
+)
 # Models whose own code extends the mask by scores, and so needs one that is added to scores.
 _MODELS_WITH_ADDED_MASKS = ("deepseek_v4",)
+# Models some of whose modules say is_causal and see everything, where their eager attention gets no mask.
+_MODELS_WITH_WRONG_IS_CAUSAL = ("bridgetower", "bridgetower_text_model")
 
 
 def register(name: str = NAME) -> None:
@@ -52,6 +72,12 @@ def register(name: str = NAME) -> None:
         raise InputError(f"{_FUNCTION}.register", [f"name must not contain {reserved[0]!r}, got {name!r}"])
     AttentionInterface.register(name, attention_function)
     AttentionMaskInterface.register(name, mask_function)
+    counts.start(_FUNCTION)
+
+
+def stats() -> Stats:
+    """Calls of the attention function since the first `register`. None goes back: what cannot be taken raises."""
+    return counts.stats(_FUNCTION)
 
 
 def attention_function(
@@ -80,10 +106,11 @@ def attention_function(
         query: (batch, heads, seqlen_q, head_dim).
         key, value: (batch, heads_kv, seqlen_k, head_dim and head_dim_v).
         attention_mask: an `AttentionMask`; or a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), bool with
-            True = attend, or floating, added to the scores; or None: rows see everything, as in eager attention.
-        is_causal, sliding_window: how packed sequences are masked where attention_mask is None (is_causal None: as the
-            module says); a row sees sliding_window keys, itself among them. A mask has both in it already. Without
-            packed sequences is_causal counts alone, from the top left corner.
+            True = attend, or floating, added to the scores; or None: is_causal and sliding_window are the mask.
+        is_causal, sliding_window: count where attention_mask is None; a mask has both in it already. is_causal None: as
+            module.is_causal says, and True where it says nothing. Causal order starts in the top left corner; a single
+            row is the last one, and sees all. With sliding_window a row sees so many keys, itself among them, and
+            without causal order as many after it.
         s_aux: (heads,) attention sinks. sinks: (batch, heads, seqlen_q, 1), a sink for every row.
         position_bias: broadcasts to (batch, heads, seqlen_q, seqlen_k); added to the scores.
         indices: (batch, seqlen_q, count): the keys that each row sees, as far as attention_mask lets it.
@@ -96,8 +123,11 @@ def attention_function(
         InputError: what cannot be taken, and why.
     """
     given = {name for name, value in others.items() if value is not None and value is not False}
-    if unmet := [f"{name} must not be given: {why}" for name, why in _NOT_TAKEN.items() if name in given]:
-        raise InputError(_FUNCTION, unmet)
+    if _weights_are_collected():
+        given.add("output_attentions")
+    if refused := sorted(given - _NO_EFFECT):
+        unknown = "this attention does not know it; use attn_implementation='eager'"
+        raise InputError(_FUNCTION, [f"{x} must not be given: {_NOT_TAKEN.get(x, unknown)}" for x in refused])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if len(q) != len(k):  # learned queries, of batch 1, in some vision models
         q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))
@@ -116,14 +146,12 @@ def attention_function(
         "sinks": s_aux,
         "dropout_p": dropout,
     }
-    if mask is None or mask.shape[-1] == 0:
-        if mask is not None:
-            is_causal = True
-        elif lengths is not None and is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        left = None if lengths is None or sliding_window is None else sliding_window - 1
-        right = 0 if is_causal and seqlen_q > 1 else left
-        band = Band(batch, seqlen_q, seqlen_k, q.device, left, right)
+    if mask is None:
+        is_causal = _is_causal(module) if is_causal is None else is_causal
+        causal = is_causal and seqlen_q > 1
+        left = None if sliding_window is None else sliding_window - 1
+        shift = 0 if causal else seqlen_k - seqlen_q
+        band = Band(batch, seqlen_q, seqlen_k, q.device, left, 0 if causal else left, shift)
         options |= _band_options(band, bias, lengths)
     elif isinstance(mask, AttentionMask) and mask.band is not None:
         options |= _band_options(mask.band, bias, lengths)
@@ -143,6 +171,7 @@ def attention_function(
     if packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     out, lse = attend(_FUNCTION, q, k, v, **options)
+    counts.count(_FUNCTION)
     out = out.view(batch, seqlen_q, *out.shape[-2:])
     if sinks is not None:
         # A sink takes its share of the softmax's denominator, and leaves e^lse / (e^lse + e^sink).
@@ -155,26 +184,31 @@ def mask_function(**call: Any) -> Tensor | None:
     """transformers' mask function: takes the arguments of `masking_utils.sdpa_mask` of the installed version, by name.
 
     Returns:
-        An `AttentionMask`; or None where rows see everything. While torch.compile traces, and for the single rows that
-        may enter a compiled model, an ordinary boolean tensor (batch, 1, seqlen_q, seqlen_k), or, for causal order
-        alone, one without elements.
+        An `AttentionMask`; or None for a single row that sees everything. While torch.compile traces, and for the
+        single rows that may enter a compiled model, what `sdpa_mask` returns: a boolean tensor (batch, 1, seqlen_q,
+        seqlen_k), or None where a module's is_causal is the mask.
     """
     if getattr(call.get("config"), "model_type", None) in _MODELS_WITH_ADDED_MASKS:
         return masking_utils.eager_mask(**call)
     one_row = call.get("q_length") == 1 or ("cache_position" in call and len(call["cache_position"]) == 1)
-    skips_causal = call.get("allow_is_causal_skip", True)
-    if torch.compiler.is_compiling() or (one_row and not skips_causal):
-        mask = masking_utils.sdpa_mask(**call)
-        if mask is not None or one_row or not skips_causal:
-            return mask
-        # None stands for causal order here. It must not reach the attention function as None, which it also gets from
-        # models whose rows see everything.
-        return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=call.get("device", "cpu"))
+    if torch.compiler.is_compiling() or (one_row and not call.get("allow_is_causal_skip", True)):
+        return masking_utils.sdpa_mask(**call)
     band = None if one_row else band_of_call(**call)
     if band is not None:
         return AttentionMask(band)
-    mask = masking_utils.sdpa_mask(**{**call, "allow_is_causal_skip": one_row})
+    # Without skips, as None would leave it to the module what rows see.
+    skips = {} if one_row else {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = masking_utils.sdpa_mask(**{**call, **skips})
     return None if mask is None else AttentionMask(mask)
+
+
+def _weights_are_collected() -> bool:
+    """Whether the caller of the model asked for attention weights, which models of transformers 5 collect with hooks:
+    not all of them tell the attention function."""
+    if _collector is None:
+        return False
+    collected = _collector.global_var if torch.compiler.is_compiling() else _collector.get()
+    return any("attentions" in key for key in collected or ())
 
 
 def _band_options(
@@ -203,6 +237,12 @@ def _band_options(
     if in_sequence == (None, None) and band.lengths is not None:
         return {"seqused_k": band.lengths}
     return {"window": band.window, "mask": band.padding[:, None, None]}
+
+
+def _is_causal(module: nn.Module) -> bool:
+    if getattr(getattr(module, "config", None), "model_type", None) in _MODELS_WITH_WRONG_IS_CAUSAL:
+        return False
+    return getattr(module, "is_causal", True)
 
 
 def _gpt2_scaling(module: Any, head_dim: int) -> float | None:
