@@ -1,8 +1,8 @@
 """The smallest model of every architecture in transformers whose attention goes through its attention interface.
 
-`architectures` lists them, `smallest` builds one with inputs on which its eager attention runs. Nothing is known of
-single architectures here: sizes are found by the names that configs share, and inputs by those of forward's arguments.
-What cannot be built that way is reported with the error it ended in.
+`architectures` lists them, `smallest` builds one with inputs on which its eager attention runs. Sizes are found by the
+names that configs share, and inputs by those of forward's arguments; `architecture_overrides` has what single models
+need beside that. What cannot be built is reported with the error it ended in.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from architecture_overrides import OVERRIDES, Override
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -94,20 +95,21 @@ class Architecture:
 
 
 def architectures() -> list[str]:
-    """Folders of transformers.models whose code asks for an attention function."""
+    """Folders of transformers.models whose code asks for an attention function, or that are marked as able to use one."""
+    marks = ("ALL_ATTENTION_FUNCTIONS", "_supports_attention_backend = True")
     models = Path(transformers.__file__).parent / "models"
-    return sorted(
-        path.parent.name
-        for path in models.glob("*/modeling_*.py")
-        if path.stem == f"modeling_{path.parent.name}" and "ALL_ATTENTION_FUNCTIONS" in path.read_text()
-    )
+    paths = models.glob("*/modeling_*.py")
+    return sorted({path.parent.name for path in paths if any(mark in path.read_text() for mark in marks)})
 
 
 def model_classes(name: str) -> list[type[PreTrainedModel]]:
     """The models that the folder defines: those without a head first."""
-    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    folder = Path(transformers.__file__).parent / "models" / name
+    files = sorted(path.stem for path in folder.glob("modeling_*.py"))
+    modules = [importlib.import_module(f"transformers.models.{name}.{file}") for file in files]
     classes = [
         c
+        for module in modules
         for c in vars(module).values()
         if inspect.isclass(c)
         and issubclass(c, PreTrainedModel)
@@ -131,9 +133,12 @@ def small(entries: dict[str, Any], level: Level) -> dict[str, Any]:
             if isinstance(entries.get(size), int) and isinstance(entries.get(count), int):
                 result[size] = result[count] * (entries[size] // entries[count])
     layers = next((result[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if key in result), None)
+    count = layers if isinstance(layers, int) else level.layers
+    before = entries.get("num_hidden_layers")
     for key, value in result.items():
+        if isinstance(value, list) and len(value) == before and isinstance(value[0], (int, float)):  # one a layer
+            result[key] = [_small(key, x, level) for x in value[:count]]
         if key.endswith(("layer_types", "layers_block_type", "mlp_layer_types")) and isinstance(value, list) and value:
-            count = layers if isinstance(layers, int) else level.layers
             kinds = sorted(set(value), key=value.index)
             result[key] = [kinds[i % len(kinds)] for i in range(count)]
     return result
@@ -159,17 +164,27 @@ def _small(key: str, value: Any, level: Level) -> Any:
     return value
 
 
-def configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
-    """The smallest first; then with more of what the default has."""
+def configs(config_class: type[PreTrainedConfig], override: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
+    """The smallest first; then with more of what the default has. All have the entries of `override`."""
     entries = config_class().to_dict()
     for level in LEVELS:
-        chosen = small(entries, level)
+        chosen = replaced(small(entries, level), override)
         chosen.pop("model_type", None)
         try:
             yield config_class(**chosen)
         except Exception:
-            continue
-    yield config_class()
+            if override:  # which is made for the first level
+                raise
+    if not override:
+        yield config_class()
+
+
+def replaced(entries: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(entries)
+    for key, value in override.items():
+        nested = key.endswith("_config") and isinstance(result.get(key), dict) and "model_type" not in value
+        result[key] = replaced(result[key], value) if nested else value
+    return result
 
 
 def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -178,7 +193,8 @@ def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(seqlen: int = SEQLEN) -> Tensor:
-        return torch.randint(21, 90, (2, seqlen), generator=generator)
+        vocab = getattr(model.config, "vocab_size", None)
+        return torch.randint(21, min(90, vocab) if isinstance(vocab, int) else 90, (2, seqlen), generator=generator)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -256,10 +272,13 @@ def smallest(name: str, reached: Any) -> Architecture:
 
     reached: called with a model and its inputs; whether its eager run asks for an attention function.
     """
+    override = OVERRIDES.get(name, Override())
     errors: dict[str, str] = {}
     for model_class in model_classes(name):
+        if override.model not in ("", model_class.__name__):
+            continue
         try:
-            candidates = list(configs(model_class.config_class))
+            candidates = list(configs(model_class.config_class, override.config))
         except Exception as error:
             errors[model_class.__name__] = f"config: {one_line(error)}"
             continue
@@ -269,7 +288,7 @@ def smallest(name: str, reached: Any) -> Architecture:
             except Exception as error:
                 errors.setdefault(model_class.__name__, f"build: {one_line(error)}")
                 continue
-            for given in inputs(model):
+            for given in inputs(model) if override.inputs is None else [override.inputs()]:
                 try:
                     if reached(model, given):
                         return Architecture(name, model_class, model, given)
