@@ -165,18 +165,25 @@ def _small(key: str, value: Any, level: Level) -> Any:
 
 
 def configs(config_class: type[PreTrainedConfig], override: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
-    """The smallest first; then with more of what the default has. All have the entries of `override`."""
+    """The smallest first; then with more of what the default has. With an override it alone."""
+    if override:
+        try:
+            entries = config_class().to_dict()
+        except Exception:  # the default itself is not valid
+            entries = {}
+        chosen = replaced(small(entries, LEVELS[0]), override)
+        chosen.pop("model_type", None)
+        yield config_class(**chosen)
+        return
     entries = config_class().to_dict()
     for level in LEVELS:
-        chosen = replaced(small(entries, level), override)
+        chosen = small(entries, level)
         chosen.pop("model_type", None)
         try:
             yield config_class(**chosen)
         except Exception:
-            if override:  # which is made for the first level
-                raise
-    if not override:
-        yield config_class()
+            continue
+    yield config_class()
 
 
 def replaced(entries: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

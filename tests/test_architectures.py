@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -31,6 +33,8 @@ BEGIN, END = "<!-- table architectures -->", "<!-- end -->"
 # torch's SDPA is allowed. A wrong mask element shows as 1e-2 and more.
 TOLERANCE = 2e-5
 LARGEST_TOLERANCE = 1e-3
+# Where that is not enough either, the difference must vanish in float64.
+LARGEST_IN_FLOAT64 = 1e-10
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Finding:
 def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Outputs that are floating numbers, without attention weights and the rows of padding."""
     torch.manual_seed(0)  # some models draw noise
-    result = model(**inputs)
+    result = model(**copy.deepcopy(inputs))  # a session of a video is changed
     result = {key: x for key, x in result.items() if "attentions" not in key} if isinstance(result, dict) else result
     outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
     padding = inputs.get("attention_mask")
@@ -101,6 +105,12 @@ def rounding(model: PreTrainedModel, inputs: dict[str, Tensor], expected: dict[s
         return 0.0
 
 
+def differs_in_float64(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    model.double()
+    inputs = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
+    return difference(step(model, fa_ext.NAME, inputs), step(model, "eager", inputs))[0] > LARGEST_IN_FLOAT64
+
+
 def examine(name: str) -> Finding:
     try:
         found: Architecture = smallest(name, reaches_attention)
@@ -121,7 +131,8 @@ def examine(name: str) -> Finding:
             expected = step(model, "sdpa", found.inputs)
         error, where = difference(step(model, fa_ext.NAME, found.inputs), expected)
         if error > TOLERANCE and error > min(3 * rounding(model, found.inputs, expected), LARGEST_TOLERANCE):
-            problem = f"{where} differs"
+            if differs_in_float64(model, found.inputs):
+                problem = f"{where} differs"
         if not calls:
             problem = "not called"
     except Exception as error:
