@@ -53,6 +53,7 @@ GEMMA4 = {
     "vocab_size": 160,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
 HIERA = {
     "model_type": "sam2_hiera_det_model",
     "hidden_size": 16,
@@ -70,6 +71,7 @@ SAM2_VISION = {
     "fpn_hidden_size": 32,
 }
 VIDEO = {
+    "initializer_range": 0.3,  # outputs that stand out from rounding
     "image_size": 128,
     "memory_attention_hidden_size": 32,
     "memory_attention_rope_feat_sizes": [8, 8],
@@ -141,6 +143,29 @@ def points(size: int) -> dict[str, Tensor]:
     return {"pixel_values": noise(1, 3, size, size), "input_points": size * torch.rand(1, 1, 2, 2)}
 
 
+def molecule() -> dict[str, Any]:
+    """Four residues of two atoms each."""
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+
+    residues, zeros, token = torch.arange(4)[None], torch.zeros(1, 4, dtype=torch.int64), torch.arange(8)[None] // 2
+    atoms = EsmFold2AtomInputs(
+        ref_pos=noise(1, 8, 3),
+        ref_charge=torch.zeros(1, 8),
+        atom_attention_mask=torch.ones(1, 8, dtype=torch.bool),
+        ref_element=torch.arange(1, 9)[None],
+        ref_atom_name_chars=torch.arange(32).view(1, 8, 4),
+        ref_space_uid=token,
+        atom_to_token=token,
+    )
+    return {
+        **dict.fromkeys(("token_index", "residue_index", "res_type"), residues),
+        **dict.fromkeys(("asym_id", "sym_id", "entity_id", "mol_type"), zeros),
+        "token_bonds": torch.zeros(1, 4, 4, 1),
+        "attention_mask": torch.ones(1, 4, dtype=torch.bool),
+        "atom_inputs": atoms,
+    }
+
+
 def session(name: str, size: int) -> dict[str, Any]:
     """A video of two frames, and a point in the first one."""
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -197,6 +222,16 @@ OVERRIDES: dict[str, Override] = {
             **RESAMPLER,
         },
         inputs=lambda: session("edgetam_video", 128),
+    ),
+    "esmfold2": Override(
+        config={
+            "single_inputs_size": 99,  # the atoms' 32 beside two one-hot residues of 33 and one
+            "atom_encoder": ATOMS,
+            "structure_head": {"diffusion_module": {"atom_encoder": ATOMS}},
+            "num_loops": 1,
+            "atom_feature_dim": 389,
+        },
+        inputs=molecule,
     ),
     "gemma3n": Override("Gemma3nTextModel", {**SHARED_LAYERS, "hidden_size_per_layer_input": 8, "laurel_rank": 8}),
     "gemma4_assistant": Override(

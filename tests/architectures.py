@@ -82,6 +82,10 @@ class Level:
     only_layers: bool = False
 
 
+# Reasons why a folder has no model to examine, beside the error that the first attempt ended in.
+NOT_REACHED = "does not use the interface"
+UNKNOWN_INPUTS = "takes no inputs that are known here"
+
 LEVELS = (Level(), Level(keep_head_dim=True), Level(layers=9), Level(only_layers=True))
 
 
@@ -95,7 +99,7 @@ class Architecture:
 
 
 def architectures() -> list[str]:
-    """Folders of transformers.models whose code asks for an attention function, or that are marked as able to use one."""
+    """Folders of transformers.models whose code asks for an attention function, or is marked as able to use one."""
     marks = ("ALL_ATTENTION_FUNCTIONS", "_supports_attention_backend = True")
     models = Path(transformers.__file__).parent / "models"
     paths = models.glob("*/modeling_*.py")
@@ -189,7 +193,12 @@ def configs(config_class: type[PreTrainedConfig], override: Mapping[str, Any]) -
 def replaced(entries: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(entries)
     for key, value in override.items():
-        nested = key.endswith("_config") and isinstance(result.get(key), dict) and "model_type" not in value
+        nested = (
+            isinstance(value, Mapping)
+            and isinstance(result.get(key), dict)
+            and "model_type" not in value
+            and key != "rope_parameters"
+        )
         result[key] = replaced(result[key], value) if nested else value
     return result
 
@@ -275,7 +284,7 @@ def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def smallest(name: str, reached: Any) -> Architecture:
-    """Raises RuntimeError with the errors of all attempts, if none of the folder's models runs.
+    """Raises RuntimeError with a reason, if none of the folder's models runs.
 
     reached: called with a model and its inputs; whether its eager run asks for an attention function.
     """
@@ -287,22 +296,26 @@ def smallest(name: str, reached: Any) -> Architecture:
         try:
             candidates = list(configs(model_class.config_class, override.config))
         except Exception as error:
-            errors[model_class.__name__] = f"config: {one_line(error)}"
+            errors[model_class.__name__] = one_line(error)
             continue
         for config in candidates:
             try:
                 model = _build(model_class, config)
             except Exception as error:
-                errors.setdefault(model_class.__name__, f"build: {one_line(error)}")
+                errors.setdefault(model_class.__name__, one_line(error))
                 continue
+            problem = UNKNOWN_INPUTS
             for given in inputs(model) if override.inputs is None else [override.inputs()]:
                 try:
                     if reached(model, given):
                         return Architecture(name, model_class, model, given)
-                    errors[model_class.__name__] = "attention is not reached by its inputs"
+                    errors[model_class.__name__] = NOT_REACHED
                 except Exception as error:
-                    errors.setdefault(model_class.__name__, f"run: {one_line(error)}")
-    raise RuntimeError("; ".join(f"{key}: {value}" for key, value in errors.items()) or "defines no model")
+                    problem = one_line(error)
+            errors.setdefault(model_class.__name__, problem)
+    if set(errors.values()) == {NOT_REACHED}:
+        raise RuntimeError(NOT_REACHED)
+    raise RuntimeError(next((error for error in errors.values() if error != NOT_REACHED), "defines no model"))
 
 
 def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -316,4 +329,4 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
