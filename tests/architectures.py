@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,8 @@ class Level:
     only_layers: bool = False
 
 
-# Reasons why a folder has no model to examine, beside the error that the first attempt ended in.
+# Why a folder has no model to examine, if it is not the error that the first attempt ended in.
 NOT_REACHED = "does not use the interface"
-UNKNOWN_INPUTS = "takes no inputs that are known here"
 
 LEVELS = (Level(), Level(keep_head_dim=True), Level(layers=9), Level(only_layers=True))
 
@@ -210,7 +210,8 @@ def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
     def ids(seqlen: int = SEQLEN) -> Tensor:
         vocab = getattr(model.config, "vocab_size", None)
-        return torch.randint(21, min(90, vocab) if isinstance(vocab, int) else 90, (2, seqlen), generator=generator)
+        end = min(90, vocab) if isinstance(vocab, int) else 90
+        return torch.randint(min(21, end - 1), end, (2, seqlen), generator=generator)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -304,7 +305,9 @@ def smallest(name: str, reached: Any) -> Architecture:
             except Exception as error:
                 errors.setdefault(model_class.__name__, one_line(error))
                 continue
-            problem = UNKNOWN_INPUTS
+            arguments = inspect.signature(model.forward).parameters.values()
+            required = [x.name for x in arguments if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD]
+            problem = f"needs {', '.join(required)}"
             for given in inputs(model) if override.inputs is None else [override.inputs()]:
                 try:
                     if reached(model, given):
@@ -329,4 +332,6 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    """Its type and first sentence."""
+    sentence = " ".join(str(error).split()).split(". ")[0]
+    return textwrap.shorten(f"{type(error).__name__}: {sentence}", 120, placeholder=" ...")
