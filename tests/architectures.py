@@ -328,7 +328,12 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
     if count > LARGEST:
         raise RuntimeError(f"{count / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    return model_class(config).float().eval()
+    model = model_class(config).float().eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.numel() and x.abs().max() < 1e-3:  # gates and scales that start at zero would hide attention
+                x.normal_(0, 0.02)
+    return model
 
 
 def one_line(error: Exception) -> str:
