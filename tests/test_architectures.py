@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,10 +193,13 @@ def works(findings: Sequence[Finding]) -> float:
 def table(findings: Sequence[Finding]) -> str:
     counted = [f for f in findings if f.counts]
     left_out = len(findings) - len(counted)
+    summary = (
+        f"transformers {transformers.__version__} has {len(findings)} such folders. In {left_out} of them eager attention "
+        "cannot run here: the model has no attention, or needs a package that is not installed. Of the other "
+        f"{len(counted)}, {sum(not f.problem for f in counted)} work: {100 * works(findings):.1f} %."
+    )
     lines = [
-        f"transformers {transformers.__version__} has {len(findings)} such folders. In {left_out} of them eager "
-        "attention cannot run here: the model has no attention, or needs a package that is not installed. Of the other "
-        f"{len(counted)}, {sum(not f.problem for f in counted)} work: {100 * works(findings):.1f} %.",
+        *textwrap.wrap(summary, 120),
         "",
         "| architecture | model | with ours |",
         "| --- | --- | --- |",
