@@ -194,8 +194,8 @@ def table(findings: Sequence[Finding]) -> str:
     counted = [f for f in findings if f.counts]
     left_out = len(findings) - len(counted)
     summary = (
-        f"transformers {transformers.__version__} has {len(findings)} such folders. In {left_out} of them eager attention "
-        "cannot run here: the model has no attention, or needs a package that is not installed. Of the other "
+        f"transformers {transformers.__version__} has {len(findings)} such folders. In {left_out} of them eager "
+        "attention cannot run here: the model has no attention, or needs a package that is not installed. Of the other "
         f"{len(counted)}, {sum(not f.problem for f in counted)} work: {100 * works(findings):.1f} %."
     )
     lines = [
