@@ -1,8 +1,8 @@
 """The smallest model of every architecture in transformers whose attention goes through its attention interface.
 
-`architectures` lists them, `smallest` builds one with inputs on which its eager attention runs. Nothing is known of
-single architectures here: sizes are found by the names that configs share, and inputs by those of forward's arguments.
-What cannot be built that way is reported with the error it ended in.
+`architectures` lists them, `smallest` builds one with inputs on which its eager attention runs. Sizes are found by the
+names that configs share, and inputs by those of forward's arguments; `architecture_overrides` has what single models
+need beside that. What cannot be built is reported with the error it ended in.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from architecture_overrides import OVERRIDES, Override
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -81,6 +83,9 @@ class Level:
     only_layers: bool = False
 
 
+# Why a folder has no model to examine, if it is not the error that the first attempt ended in.
+NOT_REACHED = "does not use the interface"
+
 LEVELS = (Level(), Level(keep_head_dim=True), Level(layers=9), Level(only_layers=True))
 
 
@@ -94,20 +99,21 @@ class Architecture:
 
 
 def architectures() -> list[str]:
-    """Folders of transformers.models whose code asks for an attention function."""
+    """Folders of transformers.models whose code asks for an attention function, or is marked as able to use one."""
+    marks = ("ALL_ATTENTION_FUNCTIONS", "_supports_attention_backend = True")
     models = Path(transformers.__file__).parent / "models"
-    return sorted(
-        path.parent.name
-        for path in models.glob("*/modeling_*.py")
-        if path.stem == f"modeling_{path.parent.name}" and "ALL_ATTENTION_FUNCTIONS" in path.read_text()
-    )
+    paths = models.glob("*/modeling_*.py")
+    return sorted({path.parent.name for path in paths if any(mark in path.read_text() for mark in marks)})
 
 
 def model_classes(name: str) -> list[type[PreTrainedModel]]:
     """The models that the folder defines: those without a head first."""
-    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    folder = Path(transformers.__file__).parent / "models" / name
+    files = sorted(path.stem for path in folder.glob("modeling_*.py"))
+    modules = [importlib.import_module(f"transformers.models.{name}.{file}") for file in files]
     classes = [
         c
+        for module in modules
         for c in vars(module).values()
         if inspect.isclass(c)
         and issubclass(c, PreTrainedModel)
@@ -131,9 +137,12 @@ def small(entries: dict[str, Any], level: Level) -> dict[str, Any]:
             if isinstance(entries.get(size), int) and isinstance(entries.get(count), int):
                 result[size] = result[count] * (entries[size] // entries[count])
     layers = next((result[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if key in result), None)
+    count = layers if isinstance(layers, int) else level.layers
+    before = entries.get("num_hidden_layers")
     for key, value in result.items():
+        if isinstance(value, list) and len(value) == before and isinstance(value[0], (int, float)):  # one a layer
+            result[key] = [_small(key, x, level) for x in value[:count]]
         if key.endswith(("layer_types", "layers_block_type", "mlp_layer_types")) and isinstance(value, list) and value:
-            count = layers if isinstance(layers, int) else level.layers
             kinds = sorted(set(value), key=value.index)
             result[key] = [kinds[i % len(kinds)] for i in range(count)]
     return result
@@ -159,8 +168,17 @@ def _small(key: str, value: Any, level: Level) -> Any:
     return value
 
 
-def configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
-    """The smallest first; then with more of what the default has."""
+def configs(config_class: type[PreTrainedConfig], override: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
+    """The smallest first; then with more of what the default has. With an override it alone."""
+    if override:
+        try:
+            entries = config_class().to_dict()
+        except Exception:  # the default itself is not valid
+            entries = {}
+        chosen = replaced(small(entries, LEVELS[0]), override)
+        chosen.pop("model_type", None)
+        yield config_class(**chosen)
+        return
     entries = config_class().to_dict()
     for level in LEVELS:
         chosen = small(entries, level)
@@ -172,13 +190,28 @@ def configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
     yield config_class()
 
 
+def replaced(entries: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(entries)
+    for key, value in override.items():
+        nested = (
+            isinstance(value, Mapping)
+            and isinstance(result.get(key), dict)
+            and "model_type" not in value
+            and key != "rope_parameters"
+        )
+        result[key] = replaced(result[key], value) if nested else value
+    return result
+
+
 def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Sets of arguments for forward, the likeliest first."""
     parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
 
     def ids(seqlen: int = SEQLEN) -> Tensor:
-        return torch.randint(21, 90, (2, seqlen), generator=generator)
+        vocab = getattr(model.config, "vocab_size", None)
+        end = min(90, vocab) if isinstance(vocab, int) else 90
+        return torch.randint(min(21, end - 1), end, (2, seqlen), generator=generator)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -252,31 +285,40 @@ def inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def smallest(name: str, reached: Any) -> Architecture:
-    """Raises RuntimeError with the errors of all attempts, if none of the folder's models runs.
+    """Raises RuntimeError with a reason, if none of the folder's models runs.
 
     reached: called with a model and its inputs; whether its eager run asks for an attention function.
     """
+    override = OVERRIDES.get(name, Override())
     errors: dict[str, str] = {}
     for model_class in model_classes(name):
+        if override.model not in ("", model_class.__name__):
+            continue
         try:
-            candidates = list(configs(model_class.config_class))
+            candidates = list(configs(model_class.config_class, override.config))
         except Exception as error:
-            errors[model_class.__name__] = f"config: {one_line(error)}"
+            errors[model_class.__name__] = one_line(error)
             continue
         for config in candidates:
             try:
                 model = _build(model_class, config)
             except Exception as error:
-                errors.setdefault(model_class.__name__, f"build: {one_line(error)}")
+                errors.setdefault(model_class.__name__, one_line(error))
                 continue
-            for given in inputs(model):
+            arguments = inspect.signature(model.forward).parameters.values()
+            required = [x.name for x in arguments if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD]
+            problem = f"needs {', '.join(required)}"
+            for given in inputs(model) if override.inputs is None else [override.inputs()]:
                 try:
                     if reached(model, given):
                         return Architecture(name, model_class, model, given)
-                    errors[model_class.__name__] = "attention is not reached by its inputs"
+                    errors[model_class.__name__] = NOT_REACHED
                 except Exception as error:
-                    errors.setdefault(model_class.__name__, f"run: {one_line(error)}")
-    raise RuntimeError("; ".join(f"{key}: {value}" for key, value in errors.items()) or "defines no model")
+                    problem = one_line(error)
+            errors.setdefault(model_class.__name__, problem)
+    if set(errors.values()) == {NOT_REACHED}:
+        raise RuntimeError(NOT_REACHED)
+    raise RuntimeError(next((error for error in errors.values() if error != NOT_REACHED), "defines no model"))
 
 
 def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -286,8 +328,15 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
     if count > LARGEST:
         raise RuntimeError(f"{count / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    return model_class(config).float().eval()
+    model = model_class(config).float().eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.numel() and x.abs().max() < 1e-3:  # gates and scales that start at zero would hide attention
+                x.normal_(0, 0.02)
+    return model
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"
+    """Its type and first sentence."""
+    sentence = " ".join(str(error).split()).split(". ")[0]
+    return textwrap.shorten(f"{type(error).__name__}: {sentence}", 120, placeholder=" ...")

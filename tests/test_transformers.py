@@ -1,4 +1,4 @@
-"""transformers' models with our attention against their own eager attention: outputs, gradients, generation.
+"""transformers' models with our attention against their own eager attention: outputs and gradients.
 
 Small random models from the library's configs. In float32 both sides round differently in every layer: differences stay
 below 2e-5 of the largest value, where a single wrong mask element shows as 1e-2 and more. In float64, for models whose
@@ -250,95 +250,9 @@ def test_float64_is_exact(name: str) -> None:
     assert_same(build(name, torch.float64), inputs, valid_places(inputs), tolerance=1e-11)
 
 
-def generate(model: Any, implementation: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    model.set_attn_implementation(implementation)
-    result = model.generate(
-        **inputs,
-        min_new_tokens=10,
-        max_new_tokens=10,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return result.sequences, torch.stack(result.logits)
-
-
-def assert_generates_the_same(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
-    expected, expected_logits = generate(model, "eager", inputs, **options)
-    actual, logits = generate(model, fa_ext.NAME, inputs, **options)
-    assert torch.equal(actual, expected)
-    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-5 * float(expected_logits.abs().max()))
-
-
 def prompt(name: str, side: str = "left") -> dict[str, Tensor]:
     inputs = inputs_of(name, side, torch.float32)
     return {key: x for key, x in inputs.items() if not key.startswith("decoder")}
-
-
-GENERATORS = [*DECODERS, *TEXT_TO_TEXT, "whisper"]
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_greedy_generation(name: str) -> None:
-    assert_generates_the_same(build(name), prompt(name))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "t5", "bart"])
-def test_beam_search(name: str) -> None:
-    assert_generates_the_same(build(name), prompt(name), num_beams=3)
-
-
-CACHED = ["llama", "mistral", "gemma2", "gpt_oss"]
-
-
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("name", CACHED)
-def test_static_cache(name: str, side: str) -> None:
-    assert_generates_the_same(build(name), prompt(name, side), cache_implementation="static")
-
-
-@pytest.mark.parametrize("name", CACHED)
-def test_without_cache(name: str) -> None:
-    assert_generates_the_same(build(name), prompt(name), use_cache=False)
-
-
-@pytest.mark.parametrize("name", CACHED)
-def test_whole_cache(name: str) -> None:
-    """By default the cache of layers with a window keeps no more than the window; this one keeps everything."""
-    model = build(name)
-    results = []
-    for implementation in ("eager", fa_ext.NAME):
-        cache = transformers.DynamicCache()
-        results.append(generate(model, implementation, prompt(name), past_key_values=cache)[0])
-    assert torch.equal(*results)
-
-
-def test_continues_from_a_cache_with_several_tokens() -> None:
-    for name in CACHED:
-        model = build(name)
-        results = []
-        for implementation in ("eager", fa_ext.NAME):
-            model.set_attn_implementation(implementation)
-            with torch.no_grad():
-                cache = model(token_ids(2, 11), use_cache=True).past_key_values
-                results.append(model(token_ids(2, 6, seed=1), past_key_values=cache).logits)
-        torch.testing.assert_close(results[1], results[0], rtol=0, atol=2e-5 * float(results[0].abs().max()))
-
-
-@pytest.mark.parametrize("options", [{"assistant": True}, {"prompt_lookup_num_tokens": 2}], ids=["assistant", "lookup"])
-def test_assisted_generation(options: dict[str, Any]) -> None:
-    model, assistant = build("llama"), build("llama")
-    with torch.no_grad():
-        assistant.lm_head.weight.add_(0.05 * torch.randn_like(assistant.lm_head.weight))
-    assistant.set_attn_implementation(fa_ext.NAME)
-    given = {"assistant_model": assistant} if "assistant" in options else options
-    inputs = {"input_ids": token_ids(1, SEQLEN).repeat(1, 2), "attention_mask": torch.ones(1, 2 * SEQLEN)}
-    inputs["attention_mask"] = inputs["attention_mask"].long()
-    model.set_attn_implementation("eager")
-    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
-    model.set_attn_implementation(fa_ext.NAME)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False, **given), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4"])
@@ -406,15 +320,6 @@ def test_compiled(name: str, side: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_generation_with_a_compiled_forward(name: str) -> None:
-    model = build(name)
-    expected, _ = generate(model, fa_ext.NAME, prompt(name), cache_implementation="static")
-    model.forward = torch.compile(model.forward, backend="aot_eager")
-    actual, _ = generate(model, fa_ext.NAME, prompt(name), cache_implementation="static")
-    assert torch.equal(actual, expected)
-
-
 def test_a_graph_break_before_attention_keeps_causal_order() -> None:
     """The mask function is traced, and the attention function is not."""
     model = build("llama")
@@ -478,13 +383,3 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     for key, x in exact.items():
         factor = 2 if key in ("logits", "last_hidden_state") else 3
         assert error(ours, key) <= factor * error(eager, key) + 1e-5 * float(x.norm()), key
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_generation_on_a_gpu(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    inputs = {key: x.cuda() for key, x in prompt(name).items()}
-    assert_generates_the_same(build(name).cuda(), inputs, cache_implementation=cache)
