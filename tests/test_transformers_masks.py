@@ -227,6 +227,8 @@ def test_mask_in_other_code() -> None:
 def test_without_a_mask_causal_order_is_that_of_the_librarys_sdpa(
     is_causal: bool | None, of_module: bool | None, sizes: tuple[int, int]
 ) -> None:
+    if is_causal and sizes[0] == 1 and not VERSION_5:
+        pytest.skip("transformers 4 lets a single row see the first key only")
     module = Module(of_module)
     expected = attend(None, *sizes, module=module, is_causal=is_causal, function=sdpa_attention_forward)
     assert_same(attend(None, *sizes, module=module, is_causal=is_causal), expected)
