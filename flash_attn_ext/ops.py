@@ -21,8 +21,8 @@ LIBRARY = _FOLDER / "libflash_attn_ext.so"
 CUDA_LIBRARY = _FOLDER / "libflash_attn_ext_cuda.so"
 
 
-def _load() -> tuple[str, str]:
-    """Loads what is there; returns the libraries' version, and in words what became of the CUDA library."""
+def _load() -> str:
+    """Loads what every machine has; returns the version."""
     try:
         torch.ops.load_library(str(LIBRARY))
         version: str = import_module("._C", __package__).build_info()["version"]
@@ -33,20 +33,26 @@ def _load() -> tuple[str, str]:
             f"flash_attn_ext needs its compiled libraries ({error.__cause__ or error}): build them with "
             "`pip install --no-build-isolation -e .` in the source tree, or install the package with `pip install .`"
         ) from None
+    return version
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA library where there is one; returns in words what became of it."""
     if torch.version.cuda is None:
-        return version, "not loaded: this torch has no CUDA"
+        return "not loaded: this torch has no CUDA"
     if not CUDA_LIBRARY.exists():
-        return version, "not built: build with nvcc on the machine, or with FAE_CUDA=1"
+        return "not built: build with nvcc on the machine, or with FAE_CUDA=1"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:
         warnings.warn(f"flash_attn_ext runs without CUDA: {error}", stacklevel=2)
-        return version, f"not loaded: {error}"
-    return version, "loaded"
+        return f"not loaded: {error}"
+    return "loaded"
 
 
-# The version is that of the package and of its libraries.
-__version__, cuda_library_status = _load()
+__version__ = _load()
+"""Of the package and of its libraries."""
+cuda_library_status = _load_cuda()
 ops = torch.ops.flash_attn_ext
 
 

@@ -506,7 +506,7 @@ def test_import_without_the_library_says_how_to_build(monkeypatch: pytest.Monkey
 def test_a_broken_cuda_library_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(ops, "CUDA_LIBRARY", tmp_path / "libflash_attn_ext_cuda.so")
-    assert ops._load().startswith("not built: ")
+    assert ops._load_cuda().startswith("not built: ")
     ops.CUDA_LIBRARY.write_text("no library")
     with pytest.warns(UserWarning, match="runs without CUDA"):
-        assert ops._load().startswith("not loaded: ")
+        assert ops._load_cuda().startswith("not loaded: ")
