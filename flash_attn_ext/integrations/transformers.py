@@ -56,7 +56,7 @@ _NO_EFFECT = frozenset(
     }
 )
 # Models whose own code extends the mask by scores, and so needs one that is added to scores.
-_MODELS_WITH_ADDED_MASKS = ("deepseek_v4",)
+_MODELS_WITH_ADDED_MASKS = ("deepseek_v4", "informer")
 # Models some of whose modules say is_causal and see everything, where their eager attention gets no mask.
 _MODELS_WITH_WRONG_IS_CAUSAL = ("bridgetower", "bridgetower_text_model")
 
