@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "../core/softmax.h"
 #include "accumulator.h"
 #include "approx.h"
@@ -13,10 +15,11 @@
 
 namespace fae::cuda {
 
-// Scores are counted in powers of two, so that a scale and the maximum take one fused multiply-add.
-template <int M>
+// Plain scores are products times a scale. They are counted in powers of two, so that scale and maximum take one fused
+// multiply-add. General scores can be as low as the lowest float, and stay in the natural units that they come in.
+template <int M, bool kGeneral>
 struct RowStates {
-  RowState<float, float, BinaryBase> x[M][2];
+  RowState<float, float, std::conditional_t<kGeneral, NaturalBase, BinaryBase>> x[M][2];
 };
 
 // How far the sum over a block may grow before m follows. P stays finite in float16, and O in float.
@@ -53,9 +56,9 @@ __device__ __forceinline__ void rescale(Accumulator<M, N>& o, const RowFactors<M
 }
 
 // Scores become P = exp(s - m), where m has followed the block's maximum in all rows but those that `keep` theirs.
-template <int M, int N>
-__device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M>& states, Accumulator<M, N>& s, float scale_log2,
-                                                        const RowFlags<M>& keep) {
+template <bool kGeneral, int M, int N>
+__device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M, kGeneral>& states, Accumulator<M, N>& s,
+                                                        float scale_log2, const RowFlags<M>& keep) {
   RowFactors<M> factors;
   float scale[M][2];
   bool large = false;
@@ -65,11 +68,11 @@ __device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M>& states, Ac
     for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s.at(m, half, n, 0), s.at(m, half, n, 1)));
     x = quad_max(x);
     if (keep.x[m][half]) x = minus_infinity<float>();
-    factors.x[m][half] = states.x[m][half].update_max(x * scale_log2);
+    factors.x[m][half] = states.x[m][half].update_max(kGeneral ? x : x * scale_log2);
     scale[m][half] = scale_log2;
     large |= fabsf(finite_max(states.x[m][half].m)) > kLargeScore;
   });
-  if (__any_sync(0xffffffffu, large))
+  if (!kGeneral && __any_sync(0xffffffffu, large))
     s.for_each_row([&](int m, int half) {
       if (fabsf(finite_max(states.x[m][half].m)) <= kLargeScore) return;
       scale[m][half] = 1;
@@ -86,7 +89,7 @@ __device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M>& states, Ac
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(m, half, n, e);
-        x = exp2_approx(fmaf(x, scale[m][half], -reference));
+        x = exp2_approx(kGeneral ? (x - reference) * kLog2e : fmaf(x, scale[m][half], -reference));
         sum += x;
       }
     states.x[m][half].l += sum;
@@ -97,7 +100,7 @@ __device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M>& states, Ac
 // The same with the m that is there. Where that is too low for some row of the warp, `states` stay as they were, and
 // redo(keep) has to do the block with follow_maximum, for which it needs the scores anew. Whether it had to.
 template <int M, int N, class Redo>
-__device__ __forceinline__ bool keep_maximum(RowStates<M>& states, Accumulator<M, N>& s, float scale_log2,
+__device__ __forceinline__ bool keep_maximum(RowStates<M, false>& states, Accumulator<M, N>& s, float scale_log2,
                                              Redo&& redo) {
   float sums[M][2];
   s.for_each_row([&](int m, int half) {

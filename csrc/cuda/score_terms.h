@@ -48,15 +48,15 @@ __device__ __forceinline__ void write_bias_gradient(const ScoreView& view, const
 // A problem's numbers as the terms take them. Conversions from double and divisions take as long as the terms: a kernel
 // whose call brings these finds them where instructions can take them from.
 struct ScoreConstants {
-  float scale_log2;     // of products
-  float softcap_log2;   // 0: there is none
+  float scale;          // of products
+  float softcap;        // 0: there is none
   float scale_softcap;  // products in units of the cap
   float kept_weight;    // of what dropout keeps; 1: there is no dropout
   uint32_t dropout_threshold;
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
-      : scale_log2(static_cast<float>(p.softmax_scale) * kLog2e),
-        softcap_log2(static_cast<float>(p.softcap) * kLog2e),
+      : scale(static_cast<float>(p.softmax_scale)),
+        softcap(static_cast<float>(p.softcap)),
         scale_softcap(p.softcap > 0 ? limited(p.softmax_scale / p.softcap) : 0.0f),
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
         dropout_threshold(fae::dropout_threshold(p.dropout_p)) {}
@@ -90,21 +90,21 @@ class ScoreTerms {
                                         const DeviceBand& band)
       : p_(p), constants_(constants), batch_(batch), head_(head), seqlen_q_(band.seqlen_q), seqlen_k_(band.seqlen_k) {}
 
-  // Raw products become scores, in powers of two. f(m, half, n, e, gradient) is told d score / d (scale q.k) where
+  // Raw products become scores. f(m, half, n, e, gradient) is told d score / d (scale q.k) where
   // softcap makes that differ from 1.
   template <class Scores, class F>
   __device__ __forceinline__ void apply(Scores& s, int row0, int col0, F&& gradient) const {
-    if (constants_.softcap_log2 != 0)
+    if (constants_.softcap != 0)
       s.for_each([&](int m, int half, int n, int e) {
         float& x = s.at(m, half, n, e);
         const float tanh = score_tanh<T>(x * constants_.scale_softcap);
-        x = constants_.softcap_log2 * tanh;
+        x = constants_.softcap * tanh;
         gradient(m, half, n, e, 1 - tanh * tanh);
       });
     else
-      s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= constants_.scale_log2; });
+      s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) *= constants_.scale; });
     if (p_.alibi_slopes) {
-      const float slope = alibi_slope(p_, batch_, head_) * kLog2e;
+      const float slope = alibi_slope(p_, batch_, head_);
       const int row = s.row(0, 0), col = s.col(0, 0);
       const float first = static_cast<float>(row0 + row + seqlen_k_ - seqlen_q_ - col0 - col);
       s.for_each([&](int m, int half, int n, int e) {
@@ -217,11 +217,7 @@ class ScoreTerms {
 
   template <class Scores>
   __device__ __forceinline__ void add_bias(Scores& s, int row0, int col0) const {
-    // The lowest float hides keys as -inf does, but not all of a row's: it must not become -inf.
-    const auto add = [&](int m, int half, int n, int e, auto x) {
-      const float bias = as_float(x), sum = fmaf(bias, kLog2e, s.at(m, half, n, e));
-      s.at(m, half, n, e) = sum == minus_infinity<float>() && bias >= kLowest ? kLowest : sum;
-    };
+    const auto add = [&](int m, int half, int n, int e, auto x) { s.at(m, half, n, e) += as_float(x); };
     if (p_.bias.dtype == DType::float32)
       for_each_inside<float>(p_.bias, s, row0, col0, add);
     else if (p_.bias.dtype == DType::bfloat16)
@@ -235,8 +231,6 @@ class ScoreTerms {
       if (!attend) s.at(m, half, n, e) = minus_infinity<float>();
     });
   }
-
-  static constexpr float kLowest = -3.4028234e38f;
 
   const Problem& p_;
   const ScoreConstants constants_;

@@ -146,7 +146,7 @@ class ForwardTask {
     // Of float scores, which are rounded no further, the largest is to give P = 1: they are scaled before m is
     // subtracted.
     const float scale_of_scores = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
-    const float scale_log2 = sizeof(T) == 4 || kGeneral ? 1.0f : scale_of_scores;
+    const float scale_log2 = sizeof(T) == 4 ? 1.0f : scale_of_scores;
     const cuda::ScoreTerms<T> terms(p_, batch_, head_, band_);
 
     // S = Q K^T, P = exp(S - m)
@@ -158,7 +158,7 @@ class ForwardTask {
     };
     compute_scores();
     const auto follow = [&](const auto& keep) {
-      const auto factors = cuda::follow_maximum(states_, s, scale_log2, keep);
+      const auto factors = cuda::follow_maximum<kGeneral>(states_, s, scale_log2, keep);
       if (factors.any_moved()) cuda::rescale(output_, factors);
     };
     if constexpr (kGeneral || kEdge) {
@@ -240,7 +240,7 @@ class ForwardTask {
   const Memory memory_;
   const T *k_next_, *v_next_;  // the thread's part of the next block to be copied
   FragmentA<T> query_[kQueryInRegisters ? M : 1][kQueryInRegisters ? kQuerySteps : 1];
-  cuda::RowStates<M> states_;
+  cuda::RowStates<M, kGeneral> states_;
   Accumulator<M, ND> output_;
 };
 

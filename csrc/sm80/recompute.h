@@ -71,7 +71,7 @@ class Recompute {
     multiply_keys(operands.k, operands.q, warp, tile_row, prob);
     multiply_keys(operands.v, operands.dout, warp, tile_row, ds);
 
-    const float scale_log2 = kGeneral ? 1.0f : static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
     [[maybe_unused]] Scores cap_gradient;
     if constexpr (kGeneral) {
       cap_gradient.fill(1);
@@ -106,7 +106,8 @@ class Recompute {
             // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is
             // needed.
             float& x = prob.at(m, half, n, e);
-            x = cuda::exp2_approx(fminf(fmaf(x, scale_log2, -lse * cuda::kLog2e), 0.0f));
+            const float log2_p = kGeneral ? (x - lse) * cuda::kLog2e : fmaf(x, scale_log2, -lse * cuda::kLog2e);
+            x = cuda::exp2_approx(fminf(log2_p, 0.0f));
             if (!drops) finish(m, half, n, e, 1.0f, deltas[m][half]);
           }
       }

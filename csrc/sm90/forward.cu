@@ -26,7 +26,7 @@ class Computer {
         v_(memory.ring_v()),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
-        scale_log2_(kGeneral ? 1.0f : call.constants.scale_log2) {}
+        scale_log2_(call.constants.scale * cuda::kLog2e) {}
 
   __device__ void run() {
 #pragma unroll 1
@@ -123,7 +123,7 @@ class Computer {
     } else {
       moved = cuda::keep_maximum(states_, scores_, scale_log2_, [&](const auto& keep) {
         multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        factors = cuda::follow_maximum(states_, scores_, scale_log2_, keep);
+        factors = cuda::follow_maximum<false>(states_, scores_, scale_log2_, keep);
       });
       release(k_);
     }
@@ -163,7 +163,7 @@ class Computer {
       if constexpr (kGeneral) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
       if (edge) cuda::mask_band(scores_, tile.band, row, key);
     }
-    return cuda::follow_maximum(states_, scores_, scale_log2_, {});
+    return cuda::follow_maximum<kGeneral>(states_, scores_, scale_log2_, {});
   }
 
   __device__ __forceinline__ void pack_p(int block) {
@@ -244,8 +244,8 @@ class Computer {
   typename Memory::RingK k_;
   typename Memory::RingV v_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
-  const float scale_log2_;          // of products; 1: they have become scores
-  cuda::RowStates<1> states_;
+  const float scale_log2_;          // of plain scores
+  cuda::RowStates<1, kGeneral> states_;
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;
   uint32_t p_fragments_[kSteps][4];
