@@ -18,6 +18,8 @@ from .errors import InputError, raise_input_error
 from .flash_attn import probabilities, scores_of
 from .ops import ops
 
+_KINDS = {**dict.fromkeys(("dout", "q", "k", "v", "out", "softmax_lse"), "tensor"), "dropout_p": "number"}
+
 
 def _flash_attn_forward(
     q: Tensor,
@@ -143,11 +145,14 @@ def _forward(
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options, unmet = scores
-    rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
-    if dropout_p > 0:
-        rng_state.random_()
-    dropout: dict[str, Any] = {"dropout_p": dropout_p, "rng_state": rng_state if dropout_p > 0 else None}
-    out, lse = attend(function, q, k, v, unmet, seqused_k=seqused_k, **dropout, **options)
+    try:
+        rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
+        if dropout_p > 0:
+            rng_state.random_()
+        dropout: dict[str, Any] = {"dropout_p": dropout_p, "rng_state": rng_state if dropout_p > 0 else None}
+        out, lse = attend(function, q, k, v, unmet, seqused_k=seqused_k, **dropout, **options)
+    except Exception as error:
+        raise_input_error(function, error, {"q": q, "k": k, "v": v, "dropout_p": dropout_p}, _KINDS, unmet)
     counts.count("flash_attn")
     wanted = return_softmax and dropout_p > 0
     dropped = probabilities(function, q, k, rng_state, dropout_p, options) if wanted else q.new_empty(0)
@@ -166,7 +171,7 @@ def _backward(
 ) -> Tensor:
     """inputs: those of the op backward before its options."""
     options, unmet = scores
-    dout, _, q, *_, out, _ = inputs
+    dout, _, q, k, v, out, softmax_lse = inputs
     scale = options["softmax_scale"]
     lengths = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
     try:
@@ -185,8 +190,9 @@ def _backward(
             deterministic,
             False,
         )
-    except RuntimeError as error:
-        raise_input_error(function, error, {}, {})
+    except Exception as error:
+        given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dropout_p": dropout_p}
+        raise_input_error(function, error, given, _KINDS)
     for into, gradient in zip(gradients, computed, strict=False):
         if into is not None:
             into.copy_(gradient)

@@ -107,9 +107,9 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention on aligned tensors, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    Loops for blocks of which something is hidden have a few values more. Score terms, float32, larger head dims and
-    unaligned tensors have more values than there are registers: what they spill beside thousands of instructions is not
-    to grow.
+    Loops for blocks of which something is hidden have a few values more, except in the Hopper backward, which spills
+    nothing with score terms either. Other kernels with score terms, float32, larger head dims and unaligned tensors
+    have more values than there are registers: what they spill beside thousands of instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.cuobjdump():
@@ -120,10 +120,12 @@ def test_main_loops_do_not_spill() -> None:
             continue
         name = output("c++filt", mangled)
         plain_dims = r"ward_kernel<(?:__half|__nv_bfloat16), .*?\b(64|128)\b.*>, false(, true)?>"
-        kernel = re.search(plain_dims + r"|sm90::.*backward_kernel<.*<(64|128)> >", name)
+        kernel = re.search(plain_dims, name)
+        hopper_backward = re.search(r"sm90::.*backward_kernel<.*<(64|128), (true|false)>", name)
         plain += bool(kernel)
         spills = [sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop) for loop in loops]
-        assert max(spills) <= (MOST_SPILLS_OF_PLAIN if kernel else MOST_SPILLS), f"{name}: {spills} instructions"
+        most = 0 if hopper_backward else MOST_SPILLS_OF_PLAIN if kernel else MOST_SPILLS
+        assert max(spills) <= most, f"{name}: {spills} instructions"
         if kernel:
             assert min(spills) == 0, name
     assert plain

@@ -110,3 +110,10 @@ def test_what_cannot_be_taken_raises() -> None:
     options = {**arguments("plain"), "block_table": torch.zeros(1), "leftpad_k": torch.zeros(1)}
     with pytest.raises(InputError, match="2 constraints are not met"):
         _flash_attn_varlen_forward(packed, packed, packed, CU, CU, 8, 8, **options)
+    options = {**arguments("plain"), "dropout_p": "x"}
+    with pytest.raises(
+        InputError, match=r"(?s)_flash_attn_forward: 2 constraints.*q must be a torch.Tensor.*dropout_p"
+    ):
+        _flash_attn_forward([1], q, q, **options, return_softmax=False)
+    with pytest.raises(InputError, match="q must be"):
+        _flash_attn_backward(q, [1], q, q, q, q[..., 0].mT, None, None, None, **arguments("plain"), deterministic=True)

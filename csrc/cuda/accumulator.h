@@ -78,8 +78,8 @@ struct TransposedAccumulator {
   __device__ __forceinline__ void fill(float value) { transpose.fill(value); }
 };
 
-// The same with the lane as a number that somebody has told it, from which the compiler need not know what follows
-// before it is needed.
+// The same where `lane` says which thread's it is. Of a lane that the compiler cannot see through, rows and columns are
+// worked out where they are needed, and take no registers through the loops before.
 template <int M, int N>
 struct PlacedAccumulator : TransposedAccumulator<M, N> {
   int lane;
