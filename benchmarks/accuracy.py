@@ -1,6 +1,7 @@
 """Error against attention in float64, on the first key head and its query heads."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from candidate import Inputs, Prepared
@@ -21,22 +22,35 @@ class WrongResultError(RuntimeError):
 
 
 def expected_results(case: Case, inputs: Inputs) -> list[Tensor]:
-    """Output and gradients in float64: of the first member of the batch, or of all where one bias serves them all."""
+    """Output and gradients in float64: of the first member of the batch, or of all where one bias serves them all.
+
+    None with dropout: everyone draws bits of their own.
+    """
+    if case.dropout:
+        return []
     members, heads = slice(None if case.bias == "heads" else 1), slice(case.heads // case.heads_kv)
     q, dout = (x[members, :, heads].double() for x in (inputs.q, inputs.dout))
     k, v = (x[members, :, :1].double() for x in (inputs.k, inputs.v))
     bias = None if inputs.bias is None else inputs.bias[members, heads].double()
     mask = None if inputs.mask is None else inputs.mask[members]
+    options = flash_options(case, inputs, heads)
     if not case.lengths:
-        return exact(case, q, k, v, dout, bias, mask)
+        return exact(case, q, k, v, dout, bias, mask, options)
     ends = torch.tensor(case.lengths).cumsum(0).tolist()
     sequences = [slice(end - length, end) for end, length in zip(ends, case.lengths, strict=True)]
-    parts = [exact(case, *(x[:, rows] for x in (q, k, v, dout)), None, None) for rows in sequences]
+    parts = [exact(case, *(x[:, rows] for x in (q, k, v, dout)), None, None, options) for rows in sequences]
     return [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
 
 
 def exact(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, bias: Tensor | None, mask: Tensor | None
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    options: dict[str, Any],
 ) -> list[Tensor]:
     """out, dq, dk, dv and dbias, where there is one, some rows at a time: the gradients of all rows add up."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v, bias) if x is not None]
@@ -44,7 +58,8 @@ def exact(
     bias = None if bias is None else leaves[3]
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     out = []
-    for rows in chunks(seqlen_q, max(1, MOST_SCORES // (q.shape[0] * q.shape[2] * seqlen_k))):
+    size = max(1, MOST_SCORES // (q.shape[0] * q.shape[2] * seqlen_k))
+    for rows in chunks(seqlen_q, seqlen_q if case.alibi else size):  # ALiBi measures from the last of all rows
         # The reference's diagonal ends at the last key: give it as many as the last of these rows sees.
         keys = slice(max(0, rows.stop + seqlen_k - seqlen_q) if case.causal else seqlen_k)
         part = reference.attention(
@@ -53,7 +68,7 @@ def exact(
             v[:, keys],
             bias=None if bias is None else bias[:, :, rows, keys],
             mask=None if mask is None else mask[:, :, rows, keys],
-            **flash_options(case),
+            **options,
         )
         part.backward(dout[:, rows])
         out.append(part.detach())

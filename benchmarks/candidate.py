@@ -27,6 +27,8 @@ class Inputs:
     bias: Tensor | None = None  # (batch or 1, head, row, key)
     mask: Tensor | None = None  # (batch, 1, row, key) bool, True where the pair counts
     cu_seqlens: Tensor | None = None  # int32 (number of packed sequences + 1)
+    alibi_slopes: Tensor | None = None  # float32 (head)
+    sinks: Tensor | None = None  # float32 (head)
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
@@ -48,6 +50,10 @@ def make_inputs(case: Case, device: str) -> Inputs:
         hidden = torch.rand((batch, 1, rows, keys), generator=generator, device=device) < 0.5
         # No row is left without a key: candidates differ in what they make of that.
         inputs.mask = ~hidden | torch.eye(rows, keys, dtype=torch.bool, device=device)
+    if case.alibi:
+        inputs.alibi_slopes = 2 ** torch.linspace(-8 / case.heads, -8, case.heads, device=device)
+    if case.sinks:
+        inputs.sinks = torch.randn(case.heads, generator=generator, device=device)
     if case.lengths:
         starts = torch.tensor((0, *case.lengths)).cumsum(0)
         inputs.cu_seqlens = starts.to(device, torch.int32)
@@ -89,20 +95,30 @@ class Prepared:
         return out.detach(), *torch.autograd.grad(out, self._leaves, self._dout)
 
 
+# What a case can ask for beyond plain attention on unpacked tensors.
+OPTIONS: dict[str, Callable[[Case], bool]] = {
+    "packed": lambda case: bool(case.lengths),
+    "bias": lambda case: bool(case.bias),
+    "mask": lambda case: case.mask,
+    "softcap": lambda case: case.softcap > 0,
+    "alibi": lambda case: case.alibi,
+    "sinks": lambda case: case.sinks,
+    "dropout": lambda case: case.dropout > 0,
+}
+
+
 class Candidate:
     name: str
     heads_first: ClassVar[bool] = False  # native layout (batch, head, row, dim) rather than (batch, row, head, dim)
     devices: ClassVar[tuple[str, ...]] = ("cuda",)  # where it is measured unless told otherwise
     directions: tuple[str, ...] = ("forward", "backward")  # those in which it differs from every other candidate
-    takes: ClassVar[frozenset[str]] = frozenset()  # of "dense", "packed", "bias", "mask"
+    takes: ClassVar[frozenset[str]] = frozenset()  # of "dense" and the keys of OPTIONS
 
     def why_not(self, case: Case, device: str) -> str:
         """Why this candidate cannot compute the case on the device; empty when it can."""
-        needs = {"packed" if case.lengths else "dense"}
-        needs |= {"bias"} if case.bias else set()
-        needs |= {"mask"} if case.mask else set()
-        names = {"packed": "packed sequences", "dense": "unpacked tensors", "bias": "bias", "mask": "boolean mask"}
-        missing = [names[need] for need in sorted(needs - self.takes)]
+        needs = {name for name, asked in OPTIONS.items() if asked(case)} or {"dense"}
+        names = {"packed": "packed sequences", "dense": "unpacked tensors", "mask": "boolean mask"}
+        missing = [names.get(need, need) for need in sorted(needs - self.takes)]
         return f"takes no {' and no '.join(missing)}" if missing else ""
 
     def context(self) -> AbstractContextManager[object]:

@@ -56,7 +56,7 @@ class FlashAttention(Candidate):
     Only its backward can be deterministic; in the forward there is nothing to measure again.
     """
 
-    takes = frozenset({"dense", "packed"})
+    takes = frozenset({"dense", "packed", "softcap"})
 
     def __init__(self, name: str, modules: list[str], deterministic: bool = False):
         self.name = name + ("_deterministic" if deterministic else "")
@@ -79,6 +79,8 @@ class FlashAttention(Candidate):
             options["window_size"] = (case.window, 0)
         if self._deterministic:
             options["deterministic"] = True
+        if case.softcap:
+            options["softcap"] = case.softcap
         if case.lengths:
             options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs.cu_seqlens)
             options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), case.seqlen_q)

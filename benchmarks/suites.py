@@ -13,6 +13,7 @@ class Case:
     ``causal`` lets query i see keys j <= i + seqlen_k - seqlen_q; ``window`` further limits it to the last ``window``
     keys before its own (so ``window + 1`` keys with its own).
     ``lengths`` are those of packed sequences; then batch is their number and seqlen_q = seqlen_k the longest.
+    ``alibi``: with slopes of ALiBi; ``sinks``: with a sink in every head; ``dropout``: its probability.
     ``bias`` is an additive one with a gradient, its own for every head, and for every member of the batch ("batch") or
     the same for all ("heads"). ``mask`` is a boolean one, its own for every member of the batch.
     """
@@ -30,6 +31,10 @@ class Case:
     pattern: str = ""  # a word for ``lengths``
     bias: str = ""
     mask: bool = False
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
 
     @property
     def shape(self) -> str:
@@ -49,6 +54,14 @@ class Case:
             words.append(f"bias ({'1' if self.bias == 'heads' else 'B'},H,S,S)")
         if self.mask:
             words.append("mask (B,1,S,S)")
+        if self.softcap:
+            words.append(f"softcap {self.softcap:g}")
+        if self.alibi:
+            words.append("ALiBi")
+        if self.sinks:
+            words.append("sinks")
+        if self.dropout:
+            words.append(f"dropout {self.dropout:g}")
         return ", ".join(words)
 
     @property
@@ -155,6 +168,12 @@ def biased(case: Case) -> tuple[Case, ...]:
     return replace(case, bias="heads"), replace(case, bias="batch"), replace(case, mask=True)
 
 
+def with_options(case: Case) -> tuple[Case, ...]:
+    """The plain case first."""
+    options = ({}, {"softcap": 30.0}, {"alibi": True}, {"sinks": True}, {"dropout": 0.1})
+    return tuple(replace(case, **option) for option in options)
+
+
 GPU_SUITES = {
     "prefill": Suite(prefill((128, 64, 256), (512, 1024, 2048, 4096, 8192, 16384))),
     "prefill_fp16": Suite(prefill((128, 64), (4096,)), dtypes=("float16",)),
@@ -180,6 +199,9 @@ GPU_SUITES = {
             for seqlen in (1024, 2048, 4096)
             for case in biased(tokens(8192, 2048, seqlen, head_dim))
         )
+    ),
+    "options": Suite(
+        tuple(case for plain in full_and_causal(tokens(16384, 2048, 4096, 128)) for case in with_options(plain))
     ),
     "fp32": Suite(
         full_and_causal(*(tokens(16384, 2048, seqlen, head_dim) for head_dim in (128, 64) for seqlen in (1024, 4096))),

@@ -3,7 +3,7 @@
     python benchmarks/tables.py            # or: make tables
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. ``tried.json`` is written by hand, from what was
-measured while a kernel was made: before and after in the same run, in TFLOP/s or ms.
+measured while a kernel was made: before and after, in TFLOP/s of one run or in a unit of time.
 """
 
 import json
@@ -281,6 +281,23 @@ def gpu_speed(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def option_costs(results: Path) -> str:
+    """Our time with an option in units of that without, of the same shape."""
+    without = {"softcap": 0.0, "alibi": False, "sinks": False, "dropout": 0.0}
+    blocks = []
+    for environment, records, _ in load(results, "options"):
+        plain = {str(record["case"]): record for record in records}
+        rows = []
+        for record in records:
+            base = plain.get(str(record["case"] | without))
+            if base is None or base is record:
+                continue
+            speeds = [(gflops(base, OURS, way), gflops(record, OURS, way)) for way in DIRECTIONS]
+            rows.append([record["name"], *(times(a / b) if a and b else "-" for a, b in speeds)])
+        blocks.append(f"{heading(environment)}\n\n{table(['case', *DIRECTIONS], rows)}")
+    return "\n\n".join(blocks)
+
+
 def slower(results: Path) -> str:
     """Per machine, every case in which a peer was faster, the worst first."""
     rows: dict[str, list[tuple[float, list[str]]]] = {}
@@ -354,6 +371,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         error,
         gpu_speedup,
         gpu_speed,
+        option_costs,
         slower,
         gpu_error,
         tried,

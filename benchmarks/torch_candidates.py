@@ -69,7 +69,7 @@ class SDPA(Candidate):
     """
 
     heads_first = True
-    takes = frozenset({"dense", "bias", "mask"})
+    takes = frozenset({"dense", "bias", "mask", "dropout"})
 
     def __init__(self, name: str, backend: SDPBackend):
         self.name, self._backend = name, backend
@@ -87,7 +87,7 @@ class SDPA(Candidate):
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
             added = constant if bias is None else bias
             return scaled_dot_product_attention(
-                q, k, v, added, is_causal=is_causal, enable_gqa=case.heads != case.heads_kv
+                q, k, v, added, dropout_p=case.dropout, is_causal=is_causal, enable_gqa=case.heads != case.heads_kv
             )
 
         return attend
@@ -127,27 +127,36 @@ class Varlen(Candidate):
 class Flex(Candidate):
     """FlexAttention, compiled for each case; as it is, without a compiler, on the CPU.
 
-    Causal order, window, boolean mask and packed sequences are block masks, made beforehand; a bias is a score term.
+    Causal order, window, boolean mask and packed sequences are block masks, made beforehand; bias, softcap and ALiBi
+    are score terms.
     """
 
     name = "flex_attention"
     heads_first = True
-    takes = frozenset({"dense", "packed", "bias", "mask"})
+    takes = frozenset({"dense", "packed", "bias", "mask", "softcap", "alibi"})
 
     def attention(self, case: Case, inputs: Inputs) -> Attention:
         from torch.nn.attention.flex_attention import flex_attention
 
         block_mask, shared = self._block_mask(case, inputs), case.bias == "heads"
 
+        softcap, slopes, shift = case.softcap, inputs.alibi_slopes, case.seqlen_k - case.seqlen_q
+
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-            def add_bias(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-                return score + (bias[0, h, row, key] if shared else bias[b, h, row, key])
+            def finish(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+                if softcap:
+                    score = softcap * torch.tanh(score / softcap)
+                if slopes is not None:
+                    score = score - slopes[h] * (row + shift - key).abs()
+                if bias is not None:
+                    score = score + (bias[0, h, row, key] if shared else bias[b, h, row, key])
+                return score
 
             return flex_attention(
                 q,
                 k,
                 v,
-                score_mod=None if bias is None else add_bias,
+                score_mod=finish if softcap or slopes is not None or bias is not None else None,
                 block_mask=block_mask,
                 enable_gqa=case.heads != case.heads_kv,
             )
