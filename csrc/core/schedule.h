@@ -69,7 +69,8 @@ struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them do not launch
   uint32_t heads = 0, blocks = 0;
   uint32_t run = 1;  // heads that share something; all tiles of a group's first heads come before its second's
-  uint32_t pairs = 0, group = 1;  // of batch and run of heads
+  uint32_t pairs = 0, group = 1;             // of batch and run of heads
+  static constexpr uint32_t kFewBlocks = 4;  // hardly wait for each other
   bool last_first = false;
   bool alternate = false;  // groups of even runs, last block first, and of odd runs, first block first, take turns
   PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
@@ -89,15 +90,22 @@ struct GridSchedule {
   FAE_INLINE void group_pairs(int64_t count) {
     group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
   }
-  // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; `count`
-  // pairs go together. The order of both follows from the head's number alone, so that its results do not depend on
-  // what else there is. Where runs cannot be paired, all have their first block first.
+  // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; at least
+  // `count` pairs go together. The order of both follows from the head's number alone, so that its results do not
+  // depend on what else there is. Where runs cannot be paired, all have their first block first.
   FAE_INLINE void take_turns(int64_t run_, int64_t count) {
     run = static_cast<uint32_t>(run_);
     pairs /= run;
     alternate = heads / run % 2 == 0;
-    group_pairs(count);
-    if (alternate && group > pairs / 2) group = pairs / 2;
+    const uint32_t all = alternate ? pairs / 2 : pairs;
+    const uint32_t least = static_cast<uint32_t>(clamp_length(count - 1, int64_t{all} - 1) + 1);
+    group = least;
+    if (blocks <= kFewBlocks) return;
+    // In a last group of few pairs, tasks wait for each other while others have none: up to twice as many pairs go
+    // together where that leaves it fuller.
+    const auto last = [&](uint32_t size) { return uint64_t{all % size == 0 ? size : all % size}; };
+    for (uint32_t more = least + 1; more <= 2 * least && more <= all; ++more)
+      if (last(more) * group > last(group) * more) group = more;
   }
   FAE_INLINE int64_t size() const { return tasks; }
   FAE_INLINE bool is_last_first(int64_t head) const {
@@ -132,6 +140,7 @@ template <class Int>
 struct KeyBlocks {
   Int begin = 0, full_begin = 0, full_end = 0, end = 0;
 
+  KeyBlocks() = default;
   FAE_INLINE KeyBlocks(const BasicInterval<Int>& any, const BasicInterval<Int>& every, Int block_cols) {
     if (any.empty()) return;
     begin = any.begin / block_cols;
@@ -141,6 +150,7 @@ struct KeyBlocks {
     if (full_begin >= full_end) full_begin = full_end = end;
   }
 
+  FAE_INLINE bool empty() const { return begin >= end; }
   FAE_INLINE bool is_full(Int block) const { return block >= full_begin && block < full_end; }
 };
 

@@ -40,7 +40,8 @@ class BackwardLoader {
     const Sequence s = sequence_of(p_, tile.batch);
     if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
-    const int group = static_cast<int>(p_.heads / p_.heads_kv), key = block * Config::kKeys;
+    const int group = static_cast<int>(static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv));
+    const int key = block * Config::kKeys;
     const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
     const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
     const int first_block = rows.begin / Config::kRows;
@@ -60,7 +61,7 @@ class BackwardLoader {
     keys.slot = block + first_slot(call_.key_blocks, batch, keys.head_kv, static_cast<int>(p_.heads_kv),
                                    call_.key_blocks_per_head);
     keys.flags = rank << KeyBlock::kRank | (rank + heads == group ? KeyBlock::kLastHead : 0);
-    publish(keys);
+    if (Config::kWide || keys.steps == 0) publish(keys);
 
 #pragma unroll 1
     for (int head = first_head; head < first_head + heads; ++head) {
@@ -82,7 +83,9 @@ class BackwardLoader {
           if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
         }
         load_rows(keys, step);
-        if (head == first_head && i == 0) load_v(keys);
+        if (head != first_head || i != 0) continue;
+        if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
+        load_v(keys);
       }
     }
   }
