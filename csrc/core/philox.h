@@ -11,16 +11,19 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-FAE_INLINE Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {
+// N counters become as many results. They share the keys of a round, and their products overlap.
+template <int N>
+FAE_INLINE void philox4x32(Philox4 (&x)[N], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 7; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
-    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(product1),
-                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+    for (int i = 0; i < N; ++i) {
+      const uint64_t product0 = uint64_t{0xD2511F53u} * x[i].word[0];
+      const uint64_t product1 = uint64_t{0xCD9E8D57u} * x[i].word[2];
+      x[i] = {{static_cast<uint32_t>(product1 >> 32) ^ x[i].word[1] ^ key0, static_cast<uint32_t>(product1),
+               static_cast<uint32_t>(product0 >> 32) ^ x[i].word[3] ^ key1, static_cast<uint32_t>(product0)}};
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return counter;
 }
 
 // Dropout bits belong to (seed, offset, batch, head, row, column), so that every backend and every tiling drops the
@@ -29,16 +32,25 @@ FAE_INLINE Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {
 struct DropoutBits {
   uint32_t seed0 = 0, seed1 = 0, offset = 0, batch_head = 0;
 
-  FAE_INLINE Philox4 block(int64_t row, int64_t col) const {
-    const uint32_t row_group = static_cast<uint32_t>((row >> 4) * 8 + (row & 7));
-    const uint32_t col_group = static_cast<uint32_t>((col >> 4) * 4 + ((col >> 1) & 3));
-    return philox4x32({{col_group, row_group, batch_head, offset}}, seed0, seed1);
+  // Results of the calls for N elements, of row(i) and col(i).
+  template <int N, class Row, class Col>
+  FAE_INLINE void blocks(Philox4 (&x)[N], Row&& row, Col&& col) const {
+    for (int i = 0; i < N; ++i) {
+      const auto r = row(i);
+      const auto c = col(i);
+      const uint32_t row_group = static_cast<uint32_t>((r >> 4) * 8 + (r & 7));
+      const uint32_t col_group = static_cast<uint32_t>((c >> 4) * 4 + ((c >> 1) & 3));
+      x[i] = {{col_group, row_group, batch_head, offset}};
+    }
+    philox4x32(x, seed0, seed1);
   }
   static FAE_INLINE int word_of(int64_t col) { return static_cast<int>(((col >> 3) & 1) * 2 + (col & 1)); }
   static FAE_INLINE int shift_of(int64_t row) { return static_cast<int>(((row >> 3) & 1) * 16); }
 
   FAE_INLINE uint32_t bits(int64_t row, int64_t col) const {
-    return (block(row, col).word[word_of(col)] >> shift_of(row)) & 0xffffu;
+    Philox4 block[1];
+    blocks(block, [&](int) { return row; }, [&](int) { return col; });
+    return (block[0].word[word_of(col)] >> shift_of(row)) & 0xffffu;
   }
 };
 

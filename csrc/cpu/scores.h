@@ -62,7 +62,7 @@ class ScoreTerms {
     const int shift = DropoutBits::shift_of(row);
     for (int64_t col = col_begin / 16 * 16; col < col_end; col += 16) {
       Philox4 block[4];
-      for (int t = 0; t < 4; ++t) block[t] = bits_.block(row, key0 + col + 2 * t);
+      bits_.blocks(block, [&](int) { return row; }, [&](int i) { return key0 + col + 2 * i; });
       for (int j = 0; j < 16; ++j) {
         const uint32_t bits = (block[j / 2 % 4].word[DropoutBits::word_of(j)] >> shift) & 0xffffu;
         factors[col + j] = bits < threshold ? T(0) : kept;

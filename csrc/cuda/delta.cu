@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
       if (a.statistics.rows) {
         const float lse = *stats_ptr<float>(p.lse, batch, row, head);
         a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
-            a.statistics.folded ? fold(lse, sum, static_cast<float>(p.softmax_scale)) : as_floats(lse, sum);
+            a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
+                                : as_floats(lse, sum);
       }
     }
     if (!a.unseen_rows) continue;

@@ -15,8 +15,8 @@
 
 namespace fae::cuda {
 
-// Plain scores are products times a scale. They are counted in powers of two, so that scale and maximum take one fused
-// multiply-add. General scores can be as low as the lowest float, and stay in the natural units that they come in.
+// Scores are counted in powers of two, so that a scale and the maximum take one fused multiply-add. General scores can
+// be as low as the lowest float, and stay in the natural units that they come in.
 template <int M, bool kGeneral>
 struct RowStates {
   RowState<float, float, std::conditional_t<kGeneral, NaturalBase, BinaryBase>> x[M][2];

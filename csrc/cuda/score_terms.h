@@ -31,6 +31,23 @@ __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int
   });
 }
 
+// The same, one side of the band after the other, as far as the accumulator reaches beyond them: that is mostly one,
+// and takes half the time. More code, for loops that have nothing else to do: beside that of others, it costs more.
+template <class Scores>
+__device__ __forceinline__ void mask_sides(Scores& s, const DeviceBand& band, int row0, int col0) {
+  const int row = s.row(0, 0), col = s.col(0, 0);
+  const auto hide_where = [&](auto&& hidden) {
+    // What is asked about an element is the same for all lanes, but for its limit.
+    s.for_each([&](int m, int half, int n, int e) {
+      if (hidden(s.row(m, half) - row, s.col(n, e) - col)) s.at(m, half, n, e) = minus_infinity<float>();
+    });
+  };
+  const int first = band.first + row0 - col0, last = band.last + row0 - col0, end = band.seqlen_k - col0;
+  if (last < Scores::kCols - 1) hide_where([limit = last + row - col](int i, int j) { return j - i > limit; });
+  if (first > 1 - Scores::kRows) hide_where([limit = first + row - col](int i, int j) { return j - i < limit; });
+  if (end < Scores::kCols) hide_where([limit = end - col](int, int j) { return j >= limit; });
+}
+
 // Where every element of a bias belongs to one score, its gradient is that score's. T: the bias's type, if not float.
 template <class T>
 __device__ __forceinline__ void write_bias_gradient(const ScoreView& view, const DeviceBand& band, int batch, int head,
@@ -45,28 +62,53 @@ __device__ __forceinline__ void write_bias_gradient(const ScoreView& view, const
     static_cast<T*>(view.data)[offset] = T(x);
 }
 
+// cap tanh(scale x / cap) in powers of two, as x times a polynomial in x^2, for |x| <= limit.
+struct SoftcapSeries {
+  static constexpr int kTerms = 4;
+  float factors[kTerms], limit;
+
+  FAE_INLINE explicit SoftcapSeries(const Problem& p) {
+    // tanh(u) / u for |u| <= 0.625, to a relative error of 3e-6 (least maximum, found numerically).
+    constexpr double kFactors[kTerms] = {0.99999709, -0.33309232, 0.13015459, -0.04002952}, kLimit = 0.625;
+    const double inverse = holds(p) ? p.softmax_scale / p.softcap : 1;
+    double power = p.softcap * inverse * 1.4426950408889634;
+    for (int i = 0; i < kTerms; ++i, power *= inverse * inverse) factors[i] = static_cast<float>(kFactors[i] * power);
+    limit = static_cast<float>(kLimit / inverse);
+  }
+  // Whether the factors are numbers that a float holds.
+  static FAE_INLINE bool holds(const Problem& p) {
+    const double inverse = p.softmax_scale / p.softcap;
+    return inverse > 1e-4 && inverse < 1e4 && p.softcap < 1e10;
+  }
+};
+
 // A problem's numbers as the terms take them. Conversions from double and divisions take as long as the terms: a kernel
 // whose call brings these finds them where instructions can take them from.
 struct ScoreConstants {
   float scale;          // of products
   float softcap;        // 0: there is none
   float scale_softcap;  // products in units of the cap
-  float kept_weight;    // of what dropout keeps; 1: there is no dropout
-  uint32_t dropout_threshold;
+  float kept_weight;    // of what dropout keeps
+  uint32_t dropped;     // random words up to this one, by their upper half; 0: nothing is
+  SoftcapSeries softcap_series;
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
       : scale(static_cast<float>(p.softmax_scale)),
         softcap(static_cast<float>(p.softcap)),
         scale_softcap(p.softcap > 0 ? limited(p.softmax_scale / p.softcap) : 0.0f),
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
-        dropout_threshold(fae::dropout_threshold(p.dropout_p)) {}
-  FAE_INLINE bool drops() const { return kept_weight != 1; }
+        dropped(last_dropped(dropout_threshold(p.dropout_p))),
+        softcap_series(p) {}
+  FAE_INLINE bool drops() const { return dropped != 0; }
+  // Half of a word decides: number 0 the lower one, 1 the upper one.
+  FAE_INLINE bool keeps(uint32_t word, int half) const { return (half == 0 ? word << 16 : word) > dropped; }
 
  private:
   static FAE_INLINE float limited(double x) {  // 0 times it is 0
     constexpr double kMost = 1e37;
     return static_cast<float>(x > kMost ? kMost : x < -kMost ? -kMost : x);
   }
+  static FAE_INLINE uint32_t last_dropped(uint32_t threshold) { return threshold == 0 ? 0 : (threshold << 16) - 1; }
 };
 
 // tanh to 2^-22, of the largest value: scores are no more exact than the 16-bit numbers that they come from.
@@ -128,20 +170,22 @@ class ScoreTerms {
  private:
   template <class Scores, class F>
   __device__ __forceinline__ void drop_whole_calls(const Scores& s, int row0, int col0, F&& f) const {
-    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces;
-    static_assert(N % 2 == 0);
+    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces, kCalls = N % 8 == 0 ? 4 : N % 4 == 0 ? 2 : 1;
+    static_assert(N % (2 * kCalls) == 0);
     const DropoutBits bits = dropout_bits(p_, batch_, head_);
-    const uint32_t threshold = constants_.dropout_threshold;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
-      for (int pair = 0; pair < N / 2; ++pair) {
-        const Philox4 block = bits.block(row0 + s.row(m, 0), col0 + s.col(2 * pair, 0));
+      for (int n = 0; n < N; n += 2 * kCalls) {
+        Philox4 blocks[kCalls];
+        bits.blocks(blocks, [&](int) { return row0 + s.row(m, 0); }, [&](int i) { return col0 + s.col(n + 2 * i, 0); });
 #pragma unroll
-        for (int word = 0; word < 4; ++word)
+        for (int i = 0; i < kCalls; ++i)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            f(m, half, 2 * pair + word / 2, word % 2, (block.word[word] >> (16 * half) & 0xffffu) >= threshold);
+          for (int word = 0; word < 4; ++word)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              f(m, half, n + 2 * i + word / 2, word % 2, constants_.keeps(blocks[i].word[word], half));
       }
   }
   // For a lane that has two neighbouring rows of one column, and with them half of each call's bits. The other
@@ -151,25 +195,26 @@ class ScoreTerms {
     constexpr int M = Scores::kRowPieces, N = Scores::kColPieces;
     static_assert(M % 2 == 0);
     const DropoutBits bits = dropout_bits(p_, batch_, head_);
-    const uint32_t threshold = constants_.dropout_threshold;
     const bool odd = s.col(0, 0) % 2 != 0;
 #pragma unroll
-    for (int pair = 0; pair < M / 2; ++pair)
-      for (int n = 0; n < N; ++n) {
-        const Philox4 block = bits.block(row0 + s.row(2 * pair, odd), col0 + s.col(n, 0));
+    for (int pair = 0; pair < M / 2; ++pair) {
+      Philox4 blocks[N];
+      bits.blocks(blocks, [&](int) { return row0 + s.row(2 * pair, odd); }, [&](int n) { return col0 + s.col(n, 0); });
+#pragma unroll
+      for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint32_t even_word = block.word[2 * e], odd_word = block.word[2 * e + 1];
+          const uint32_t even_word = blocks[n].word[2 * e], odd_word = blocks[n].word[2 * e + 1];
           const uint32_t mine = odd ? odd_word : even_word;
           const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_word : odd_word, 4);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint32_t word = odd == (half != 0) ? mine : other;
-            f(2 * pair, half, n, e, (word & 0xffffu) >= threshold);
-            f(2 * pair + 1, half, n, e, (word >> 16) >= threshold);
+            f(2 * pair, half, n, e, constants_.keeps(word, 0));
+            f(2 * pair + 1, half, n, e, constants_.keeps(word, 1));
           }
         }
-      }
+    }
   }
 
   // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come

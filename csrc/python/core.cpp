@@ -77,8 +77,9 @@ void bind_dropout(py::module_& m) {
   m.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-        const Philox4 out = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
-        return std::array{out.word[0], out.word[1], out.word[2], out.word[3]};
+        Philox4 x[1] = {{{counter[0], counter[1], counter[2], counter[3]}}};
+        philox4x32(x, key[0], key[1]);
+        return std::to_array(x[0].word);
       },
       "counter"_a, "key"_a);
   m.def(

@@ -1,6 +1,7 @@
 #include "../cuda/backward_space.h"
 #include "../cuda/delta.h"
 #include "../cuda/launch.h"
+#include "../cuda/single_term.h"
 #include "../sm80/kernels.h"
 #include "backward_movers.h"
 #include "backward_terms.h"
@@ -18,7 +19,8 @@
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.
 //
-// Scores that are more than products times a positive scale need lse by itself (backward_terms.h): a kernel of its own.
+// A term of the scores that comes alone has a kernel of its own; one for all others takes lse and delta by themselves
+// (backward_terms.h).
 //
 // dQ of a step is computed during the next step, when dS of both warpgroups is there without anybody having waited for
 // it. It grows in global memory in the order of the visits, as in sm80/backward.cu: the first visitor stores, others
@@ -27,14 +29,18 @@
 namespace fae::sm90 {
 namespace {
 
-// A warpgroup that computes. kGeneral: scores are more than products times a positive scale.
-template <class T, class Config, bool kGeneral>
+// A warpgroup that computes.
+template <class T, class Config, Terms kTerms>
 class BackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
   using Scores = cuda::TransposedAccumulator<Config::kRows / 8, 1>;  // transpose: 64 keys by kRows
   using Fragments = uint32_t[Config::kRows / 16][4];
   static constexpr int ND = Config::kDim / 8, NQ = Config::kQueryRows / 8;
+  // What products bring with them.
+  static constexpr bool kFoldsLse = kTerms != Terms::softcap && kTerms != Terms::any;
+  static constexpr bool kFoldsDelta = kTerms != Terms::any;
+  static constexpr bool kPacksEarly = kTerms == Terms::softcap || kTerms == Terms::any;  // P
 
  public:
   __device__ BackwardComputer(const BackwardCall& call, const Memory& memory, int warp)
@@ -43,7 +49,7 @@ class BackwardComputer {
         memory_(memory),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
-        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+        scale_log2_(call.constants.scale * cuda::kLog2e) {}
 
   __device__ __forceinline__ void run() {
     for_each_key_block(memory_, [&](const KeyBlock& keys) __attribute__((always_inline)) {
@@ -114,42 +120,100 @@ class BackwardComputer {
     }
   }
 
-  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta; general: S^T and dP^T alone.
+  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta, or S^T and dP^T alone.
   __device__ __forceinline__ void start_scores() {
     const Memory memory = memory_.unknown();
-    start_product(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
+    start_product<kFoldsLse>(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
   }
   __device__ __forceinline__ void start_dprob() {
     const Memory memory = memory_.unknown();
-    start_product(dprob_, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()));
+    start_product<kFoldsDelta>(dprob_, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()));
   }
+  template <bool kFolds>
   __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
                                                 const typename Memory::Q& rows) const {
     auto& transpose = s.transpose;
     begin_products();
-    if constexpr (!kGeneral)
+    if constexpr (kFolds)
       multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
                      doubled_descriptor(memory_.statistics(stage()), 8 * 16), false, __nv_bfloat16{});
-    multiply_straight(transpose, keys, rows, !kGeneral);
+    multiply_straight(transpose, keys, rows, kFolds);
     commit_products();
   }
 
-  // P = exp(scale S) while dP is computed, and the end of that.
+  // P while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
-    if constexpr (kGeneral) return finish_general_scores();
+    if constexpr (kTerms == Terms::any) return finish_general_scores();
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     const Step step = read_struct<Step>(memory_.step(step_));
-    if (step.is_edge(warpgroup_)) {
+    const bool is_edge = step.is_edge(warpgroup_);
+    if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
+    if (is_edge || kTerms == Terms::alibi || kTerms == Terms::dropout) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      cuda::mask_band(scores_, keys.band, step.row_begin, keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
+      const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
+      if (is_edge) cuda::mask_band(scores_, keys.band, row, key);
+      if constexpr (kTerms == Terms::alibi)
+        cuda::add_alibi(scores_, scale_log2_, alibi_slope(p_, keys.batch, step.head) * cuda::kLog2e,
+                        row + keys.band.seqlen_k - keys.band.seqlen_q - key);
+      if constexpr (kTerms == Terms::dropout) {
+        exponentiate(scores_, scale_log2_);
+        mark_dropped(scores_, cuda::ScoreTerms<T>(p_, call_.constants, keys.batch, step.head, keys.band), row, key);
+      }
     }
-    exponentiate(scores_, scale_log2_);
+    if constexpr (kTerms == Terms::none) exponentiate(scores_, scale_log2_);
+    if constexpr (kTerms == Terms::alibi) exponentiate(scores_, 1.0f);
+    if constexpr (kTerms == Terms::softcap) exponentiate_capped(scores_);
     // A wait here keeps the compiler from moving the one for the products before the exponentials.
     fence_registers(scores_.transpose.x[0]);
     wait(memory_.ds_empty(stage()), parity() ^ 1);
     wait_products<0>();
     fence_registers(dprob_.transpose.x[0]);
+  }
+
+  // P, which leaves at once, of capped scores; what dS needs of it takes their place.
+  __device__ __forceinline__ void exponentiate_capped(Scores& scores) {
+    using Part = cuda::PlacedAccumulator<2, 1>;
+    const float cap_log2 = call_.constants.softcap * cuda::kLog2e, inverse_square = -1 / (cap_log2 * cap_log2);
+#pragma unroll
+    for (int k = 0; k < Config::kRows / 16; ++k) {
+      Part prob;
+      prob.lane = opaque(lane_index());
+      Part::for_each_row([&](int m, int half) {
+        const float lse = folded_statistic(memory_.statistics(stage()), 16 * k + prob.row(m, half), 0) * scale_log2_;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = scores.at(2 * k + m, half, 0, e);
+          const float capped = fmaxf(x, -cap_log2);  // what is hidden is -inf
+          const float p = cuda::exp2_approx(fminf(x + lse, 0.0f));
+          prob.at(m, half, 0, e) = p;
+          x = p * fmaf(capped * capped, inverse_square, 1.0f);
+        }
+      });
+      copy(sm80::as_left_operand<T>(prob.transpose, 0, 0), p_fragments_[k]);
+    }
+  }
+
+  // Dropped probabilities become negative.
+  __device__ __forceinline__ static void mark_dropped(Scores& scores, const cuda::ScoreTerms<T>& terms, int row,
+                                                      int key) {
+    terms.dropout(scores, row, key, [&](int m, int half, int n, int e, bool kept) {
+      if (!kept) scores.at(m, half, n, e) *= -1.0f;
+    });
+  }
+  // P and dS of those, both without the weight of what is kept, which comes with the results: dS = P (dP - delta) where
+  // a probability is kept, otherwise -P delta. Delta, too, is divided by that weight.
+  __device__ __forceinline__ void finish_dropout() {
+    scores_.for_each_row([&](int m, int half) {
+      const float minus_delta =
+          folded_statistic(memory_.statistics(stage()), 8 * m + opaque(lane_index()) % 4 * 2 + half, 1);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float &p = scores_.at(m, half, 0, e), &ds = dprob_.at(m, half, 0, e);
+        ds = fabsf(p) * (p < 0 ? minus_delta : ds);
+        p = fmaxf(p, 0.0f);
+      }
+    });
   }
 
   // P and dS at once: half of the rows' P while dP is computed, for more there are no registers.
@@ -167,10 +231,10 @@ class BackwardComputer {
         if (call_.direct_dbias) write_dbias(call_, memory_, step_, 16 * k, warpgroup_ * kWarpgroupRows + warp_row_, ds);
       };
       copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(stage()), on_gradient),
-           general_ds_[k]);
+           ds_fragments_[k]);
     };
 #pragma unroll
-    for (int k = 0; k < kEarlyParts; ++k) copy(general.compute(scores_, k), general_p_[k]);
+    for (int k = 0; k < kEarlyParts; ++k) copy(general.compute(scores_, k), p_fragments_[k]);
     fence_registers(scores_.transpose.x[0]);
     wait(memory_.ds_empty(stage()), parity() ^ 1);
     wait_products<0>();
@@ -179,21 +243,25 @@ class BackwardComputer {
     for (int k = 0; k < kEarlyParts; ++k) finish(k);
 #pragma unroll
     for (int k = kEarlyParts; k < kParts; ++k) {
-      copy(general.compute(scores_, k), general_p_[k]);
+      copy(general.compute(scores_, k), p_fragments_[k]);
       finish(k);
     }
   }
 
   // P and dS as left operands.
   __device__ __forceinline__ void take_fragments(Fragments& p, Fragments& ds) {
-    if constexpr (kGeneral) {
-      memcpy(p, general_p_, sizeof(p));
-      memcpy(ds, general_ds_, sizeof(ds));
-    } else {
+    if constexpr (kTerms == Terms::dropout)
+      finish_dropout();
+    else if constexpr (kTerms != Terms::any)
       scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
+    if constexpr (kTerms == Terms::any)
+      memcpy(ds, ds_fragments_, sizeof(ds));
+    else
       pack(dprob_, ds);
+    if constexpr (kPacksEarly)
+      memcpy(p, p_fragments_, sizeof(p));
+    else
       pack(scores_, p);
-    }
   }
   __device__ __forceinline__ static void pack(const Scores& x, Fragments& fragments) {
 #pragma unroll
@@ -258,7 +326,7 @@ class BackwardComputer {
 
   __device__ __forceinline__ void write_dq(const QueryGradient& dq, const Step& step) const {
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    const float scale = static_cast<float>(p_.softmax_scale);
+    const float scale = score_weight();
     const int lane = lane_index(), begin = step.row_begin + dq_row();
     T* const rows = row_ptr<T>(p_.dq, keys.batch, keys.q_start + begin, step.head);
 #pragma unroll
@@ -296,12 +364,18 @@ class BackwardComputer {
       collect(partial, dv_piece, dv_, keys.rank());
       const int col = opaque(0);  // so that the lanes' columns don't take registers from the main loop
       sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
-                                static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+                                static_cast<int>(p_.head_dim), score_weight());
       sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
-                                static_cast<int>(p_.head_dim_v), 1.0f);
+                                static_cast<int>(p_.head_dim_v), kept_weight());
     };
     visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_both, write_both);
   }
+
+  // What P and dS are multiplied by, in the end.
+  __device__ __forceinline__ float kept_weight() const {
+    return kTerms == Terms::dropout ? call_.constants.kept_weight : 1.0f;
+  }
+  __device__ __forceinline__ float score_weight() const { return static_cast<float>(p_.softmax_scale) * kept_weight(); }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
   __device__ __forceinline__ uint32_t parity() const { return Buffers::parity(step_); }
@@ -313,12 +387,12 @@ class BackwardComputer {
   const float scale_log2_;
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
-  Fragments general_p_, general_ds_;
+  Fragments p_fragments_, ds_fragments_;
   QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, Terms kTerms>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardCall call) {
   const BackwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x < 64) memory.init_selectors(static_cast<int>(threadIdx.x));
@@ -335,8 +409,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config, kGeneral>,
-                                        BackwardComputer<T, Config, kGeneral>>;
+    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config, kTerms != Terms::none>,
+                                        BackwardComputer<T, Config, kTerms>>;
     Computer(call, memory, warp - 4).run();
   }
 }
@@ -378,12 +452,15 @@ struct BackwardSpace : cuda::BackwardSpace {
   static int64_t key_counters(const BackwardProblem& p) { return shared_key_blocks(p) * 4 * Config::kWarpgroups; }
 };
 
-template <class T, bool kGeneral>
+template <class T, Terms kTerms>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
-  using Config = BackwardConfig<FAE_HEAD_DIM, kGeneral>;
+  using Config = BackwardConfig<FAE_HEAD_DIM, kTerms>;
   using Memory = BackwardMemory<T, Config>;
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const cuda::RowStatistics row_statistics{.rows = space.statistics, .folded = !kGeneral};
+  const cuda::RowStatistics row_statistics{
+      .rows = space.statistics,
+      .folded = kTerms != Terms::any,
+      .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
   const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
   const bool direct_dbias = space.writes_dbias(p);
@@ -421,32 +498,39 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
       make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
-  cuda::launch("sm90 backward", backward_kernel<T, Config, kGeneral>,
+  cuda::launch("sm90 backward", backward_kernel<T, Config, kTerms>,
                cuda::Grid{blocks, Config::kThreads, Memory::kBytes}, execution.stream, call);
 }
 
 // lse / scale, which is added to products of plain scores, has to be a float.
 constexpr double kSmallestScale = 1e-30;
 
-// f(std::bool_constant) with whether a call's scores are general.
+// f(std::integral_constant) with the terms that a call's kernel is made for.
 template <class F>
-auto with_kind(const BackwardProblem& p, F&& f) {
-  return p.plain_scores() && p.softmax_scale >= kSmallestScale ? f(std::false_type{}) : f(std::true_type{});
+auto with_kernel_terms(const BackwardProblem& p, F&& f) {
+  using Any = std::integral_constant<Terms, Terms::any>;
+  if (p.softmax_scale < kSmallestScale) return f(Any{});
+  return cuda::with_terms(p, [&](auto terms) {
+    if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide && terms() != Terms::none)
+      return f(Any{});
+    else
+      return f(terms);
+  });
 }
 
 }  // namespace
 
 template <>
 size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
-  return with_kind(
-      p, [&](auto general) { return BackwardSpace<BackwardConfig<FAE_HEAD_DIM, general()>>(p, nullptr).bytes; });
+  return with_kernel_terms(
+      p, [&](auto terms) { return BackwardSpace<BackwardConfig<FAE_HEAD_DIM, terms()>>(p, nullptr).bytes; });
 }
 
 template <>
 void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
-  with_kind(p, [&](auto general) {
-    p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16, general()>(p, execution)
-                               : run_backward<__half, general()>(p, execution);
+  with_kernel_terms(p, [&](auto terms) {
+    p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16, terms()>(p, execution)
+                               : run_backward<__half, terms()>(p, execution);
   });
 }
 

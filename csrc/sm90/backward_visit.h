@@ -28,6 +28,15 @@ __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
   });
 }
 
+// -lse / scale (number 0) or -delta (1) of a row, from what products take (cuda/delta.h).
+__device__ __forceinline__ float folded_statistic(uint32_t statistics, int row, int number) {
+  const uint32_t address = statistics + 16 * row, middle = sm80::load_shared(address + 4);
+  const uint32_t side = sm80::load_shared(address + 8 * number);
+  const float first = __uint_as_float(side << 16), second = __uint_as_float(side & 0xffff0000u);
+  const float third = __uint_as_float(number == 0 ? middle << 16 : middle & 0xffff0000u);
+  return 2 * (first + second + third);
+}
+
 template <class T, class Config>
 __device__ __forceinline__ void wait_for_turn(const BackwardMemory<T, Config>& memory, unsigned number) {
   wait(memory.turn(number), BackwardMemory<T, Config>::StepBuffers::parity(number));

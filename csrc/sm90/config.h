@@ -1,10 +1,13 @@
 #pragma once
 
 #include "../cuda/device.h"
+#include "../cuda/terms.h"
 
 // Tile sizes. Head dims up to a tile's are filled with zeros by the copies.
 
 namespace fae::sm90 {
+
+using cuda::Terms;
 
 constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
 
@@ -15,6 +18,9 @@ struct ForwardTile {
   static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
   static constexpr int kRows = kWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // O leaves by way of the place that its Q has had. Where that is the only place, the Q of the next tile would have to
+  // wait for it: then threads store O, and Q gives its place up when the last scores are there.
+  static constexpr bool kStoresByCopy = kStagesQ > 1;
 
   // Registers of a thread. All threads together start with what the block may have, 168, 128 or 96 each, and must not
   // ask for more: the block would wait forever.
@@ -26,26 +32,22 @@ struct ForwardTile {
                                                                                                              : 96));
 };
 
-// Plain scores; general ones need registers for their terms.
-template <int kHeadDim, bool kGeneral>
+// Terms need registers: smaller tiles, or fewer warpgroups.
+template <int kHeadDim, Terms kTerms>
 struct ForwardConfig;
+template <Terms kTerms>
+struct ForwardConfig<64, kTerms> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
 template <>
-struct ForwardConfig<64, false> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
+struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
+template <Terms kTerms>
+struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
 template <>
-struct ForwardConfig<128, false> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
-template <>
-struct ForwardConfig<192, false> : ForwardTile<2, 96, 192, 192, 1, 2, 2> {};
-template <>
-struct ForwardConfig<256, false> : ForwardTile<2, 80, 256, 256, 1, 2, 2> {};
-
-template <>
-struct ForwardConfig<64, true> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
-template <>
-struct ForwardConfig<128, true> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
-template <>
-struct ForwardConfig<192, true> : ForwardTile<2, 64, 192, 192, 1, 2, 2> {};
-template <>
-struct ForwardConfig<256, true> : ForwardTile<2, 64, 256, 256, 1, 2, 2> {};
+struct ForwardConfig<128, Terms::any> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
+// More keys a block were measured to be slower, for shorter sequences by far.
+template <Terms kTerms>
+struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
+template <Terms kTerms>
+struct ForwardConfig<256, kTerms> : ForwardTile<2, 64, 256, 256, 1, 3, 2> {};
 
 // A thread block of the backward: one warpgroup that moves data and two that compute. kRows: of a query block.
 template <int kRows_, int kKeys_, int kDim_>
@@ -84,20 +86,23 @@ struct WideBackwardTile : BackwardBlock<64, kWarpgroupRows, kDim> {
   static constexpr int kQueryCols = kDim / 2;                     // and of dQ
 };
 
-template <int kHeadDim, bool kGeneral>
+template <int kHeadDim, Terms kTerms>
 struct BackwardConfig;
+template <Terms kTerms>
+struct BackwardConfig<64, kTerms> : BackwardTile<64, 64> {};
 template <>
-struct BackwardConfig<64, false> : BackwardTile<128, 64> {};
+struct BackwardConfig<64, Terms::none> : BackwardTile<128, 64> {};
+template <Terms kTerms>
+struct BackwardConfig<128, kTerms> : BackwardTile<80, 128> {};
 template <>
-struct BackwardConfig<128, false> : BackwardTile<80, 128> {};
-template <bool kGeneral>
-struct BackwardConfig<192, kGeneral> : WideBackwardTile<192> {};
-template <bool kGeneral>
-struct BackwardConfig<256, kGeneral> : WideBackwardTile<256> {};
-
+struct BackwardConfig<128, Terms::softcap> : BackwardTile<64, 128> {};
 template <>
-struct BackwardConfig<64, true> : BackwardTile<64, 64> {};
+struct BackwardConfig<128, Terms::dropout> : BackwardTile<64, 128> {};
 template <>
-struct BackwardConfig<128, true> : BackwardTile<64, 128> {};
+struct BackwardConfig<128, Terms::any> : BackwardTile<64, 128> {};
+template <Terms kTerms>
+struct BackwardConfig<192, kTerms> : WideBackwardTile<192> {};
+template <Terms kTerms>
+struct BackwardConfig<256, kTerms> : WideBackwardTile<256> {};
 
 }  // namespace fae::sm90

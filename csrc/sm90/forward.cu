@@ -1,5 +1,6 @@
 #include "../cuda/launch.h"
 #include "../cuda/online_softmax.h"
+#include "../cuda/single_term.h"
 #include "forward_movers.h"
 #include "kernels.h"
 
@@ -11,8 +12,14 @@ namespace fae::sm90 {
 namespace {
 
 // A warpgroup that computes.
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, Terms kTerms>
 class Computer {
+  static constexpr bool kGeneral = kTerms == Terms::any;
+  // Warpgroups start their products in turn, so that one computes scores while the other multiplies: by themselves they
+  // fall into step, and do neither beside the other. The first product of a tile goes beside the end of the one before.
+  // Both were measured to help at this head dim alone.
+  static constexpr bool kTakesTurns = Config::kDim == 128, kOverlapsTiles = Config::kDim == 128;
+  static_assert(!kOverlapsTiles || Config::kStoresByCopy);  // otherwise the next Q has no place yet
   using Memory = ForwardMemory<T, Config>;
   static constexpr int N = Config::kKeys / 8, ND = Config::kDimV / 8, kSteps = Config::kKeys / 16;
 
@@ -28,63 +35,132 @@ class Computer {
         warp_row_(warp % 4 * 16),
         scale_log2_(call.constants.scale * cuda::kLog2e) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (;; q_.advance()) {
+    for (;;) {
       q_.wait_full();
-      if (!attend()) return;
-      finish();
+      if (work().batch < 0) return;
+      if (my_blocks().empty()) {
+        pass_by();
+        continue;
+      }
+      skip(blocks_of_all().end - my_blocks().end);
+      start_first_scores(q());
+      finish_first_scores();
+#pragma unroll 1
+      while (attend()) {
+      }
     }
   }
 
  private:
-  // The tile's Work is read anew wherever it is needed: registers that held it would be missing in between.
-  __device__ __forceinline__ Work work() const { return memory_.read_work(q_.stage()); }
+  // What is known about the tile is read anew wherever it is needed: registers that held it would be missing in
+  // between.
+  __device__ __forceinline__ Work work() const { return memory_.read_work(tile_); }
+  __device__ __forceinline__ KeyBlocks<int> my_blocks() const { return memory_.read_blocks(tile_, warpgroup_); }
+  __device__ __forceinline__ KeyBlocks<int> blocks_of_all() const {
+    return memory_.read_blocks(tile_, Config::kWarpgroups);
+  }
   __device__ __forceinline__ int row_begin(const Work& work) const {  // of the warpgroup
     return work.row_begin + warpgroup_ * kWarpgroupRows;
   }
 
-  __device__ __forceinline__ KeyBlocks<int> blocks_of_all(const Work& work) const {
-    return key_blocks(work.band, work.row_begin, Config::kRows, Config::kKeys);
+  // A tile of which this warpgroup's rows see nothing.
+  __device__ __forceinline__ void pass_by() {
+    skip(blocks_of_all().end - blocks_of_all().begin);
+    release_q();
+    begin();
+    finish();
+    end_tile();
   }
-  __device__ __forceinline__ KeyBlocks<int> my_blocks(const Work& work) const {
-    return key_blocks(work.band, row_begin(work), kWarpgroupRows, Config::kKeys);
-  }
-
-  // O and the rows' statistics of a tile; false: there are no more.
+  // A tile, from S of its first block to the end. Returns whether S of the next tile's first block is there, too.
   __device__ __forceinline__ bool attend() {
-    const Work tile = work();
-    if (tile.batch < 0) return false;
-    const KeyBlocks<int> all = blocks_of_all(tile), mine = my_blocks(tile);
-    states_ = {};
-    output_.fill(0);
-    if (mine.begin >= mine.end) {
-      skip(all.end - all.begin);
-      return true;
-    }
-    skip(all.end - mine.end);
+    begin();
+    const KeyBlocks<int> mine = my_blocks();
     first_step(mine.end - 1, !mine.is_full(mine.end - 1));
     int block = mine.end - 2;
 #pragma unroll 1
     for (; block >= mine.full_end; --block) step<true>(block);
+    if constexpr (kTerms == Terms::alibi) {  // on the way to the diagonal, scores grow: their maximum does not last
+      const Work tile = work();
+      const int diagonal = row_begin(tile) + tile.band.seqlen_k - tile.band.seqlen_q;
+#pragma unroll 1
+      for (; block >= mine.full_begin && (block + 1) * Config::kKeys > diagonal; --block) step<false, false>(block);
+    }
 #pragma unroll 1
     for (int left = block - mine.full_begin; left >= 0; --left, --block) step<false>(block);
     finish_blocks();
-    return true;
+    const bool goes_on = kOverlapsTiles && next_tile_begins();
+    if (goes_on) {
+      start_first_scores(memory_.q(next_q().stage(), warpgroup_));
+      finish();
+      finish_first_scores();
+    } else {
+      finish();
+    }
+    end_tile();
+    return goes_on;
+  }
+
+  __device__ __forceinline__ void begin() {
+    states_ = {};
+    output_.fill(0);
+    if constexpr (kTerms == Terms::alibi) {
+      const Work tile = work();
+      slope_log2_ = alibi_slope(p_, tile.batch, tile.head) * cuda::kLog2e;
+    }
+  }
+  __device__ __forceinline__ void end_tile() {
+    if (Config::kStoresByCopy) q_.advance();
+    ++tile_;
+  }
+
+  // S = Q K^T of a tile's first block.
+  __device__ __forceinline__ void start_first_scores(const typename Memory::Q& q) {
+    k_.wait_full();
+    take_turn();
+    start_scores(q);
+    pass_turn();
+  }
+  __device__ __forceinline__ void finish_first_scores() {
+    wait_products<0>();
+    fence_registers(scores_.x[0]);
+    release(k_);
+  }
+
+  // The place of the next tile's Q.
+  __device__ __forceinline__ typename Memory::RingQ next_q() const {
+    typename Memory::RingQ next = q_;
+    next.advance();
+    return next;
+  }
+  // Whether the next tile begins with a block that this warpgroup's rows see.
+  __device__ __forceinline__ bool next_tile_begins() const {
+    next_q().wait_full();  // there is one more where there are no more tiles
+    const KeyBlocks<int> mine = memory_.read_blocks(tile_ + 1, warpgroup_);
+    return !mine.empty() && mine.end == memory_.read_blocks(tile_ + 1, Config::kWarpgroups).end;
   }
   // The blocks below those that every row sees whole.
   __device__ __forceinline__ void finish_blocks() {
-    const KeyBlocks<int> all = blocks_of_all(work()), mine = my_blocks(work());
+    const KeyBlocks<int> all = blocks_of_all(), mine = my_blocks();
 #pragma unroll 1
     for (int block = min(mine.end - 2, mine.full_begin - 1); block >= mine.begin; --block) step<true>(block);
+    release_q();
     last_step();
     skip(mine.begin - all.begin);
+  }
+
+  // All scores of the tile are there.
+  __device__ __forceinline__ void release_q() {
+    if constexpr (!Config::kStoresByCopy) release(q_);
   }
 
   // Blocks that only other warpgroups' rows see.
   __device__ __forceinline__ void skip(int blocks) {
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
+      take_turn();
+      pass_turn();
       k_.wait_full();
       release(k_);
       v_.wait_full();
@@ -92,48 +168,49 @@ class Computer {
     }
   }
 
-  // S = Q K^T of the first block alone, P = exp(S - m).
+  // P = exp(S - m) of the first block.
   __device__ __forceinline__ void first_step(int block, bool edge) {
-    k_.wait_full();
-    begin_products();
-    start_straight(scores_, q(), memory_.k(k_.stage()));
-    wait_products<0>();
-    fence_registers(scores_.x[0]);
-    release(k_);
-    follow(block, edge);
-    pack_p(block);
+    finish_scores(block, edge);
+    follow();
+    drop(block);
+    pack_p();
   }
 
-  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. edge: not every row sees all keys.
-  template <bool kEdge>
+  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. kEdge: not every row sees all keys.
+  // kKeeps: m stays, if it can.
+  template <bool kEdge, bool kKeeps = !kEdge && !kGeneral>
   __device__ __forceinline__ void step(int block) {
     k_.wait_full();
-    begin_products();
-    start_straight(scores_, q(), memory_.k(k_.stage()));
+    take_turn();
+    start_scores(q());
     v_.wait_full();
     start_pv();
+    pass_turn();
     wait_products<1>();
     fence_registers(scores_.x[0]);
 
     cuda::RowFactors<1> factors;
     bool moved = true;
-    if constexpr (kEdge || kGeneral) {
+    finish_scores(block, kEdge);
+    if constexpr (!kKeeps) {
       release(k_);
-      factors = follow(block, kEdge);
+      factors = follow();
     } else {
-      moved = cuda::keep_maximum(states_, scores_, scale_log2_, [&](const auto& keep) {
+      moved = cuda::keep_maximum(states_, scores_, exponent_scale(), [&](const auto& keep) {
         multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        factors = cuda::follow_maximum<false>(states_, scores_, scale_log2_, keep);
+        finish_scores(block, false);
+        factors = follow(keep);
       });
       release(k_);
     }
+    drop(block);
 
     wait_products<0>();
     fence_registers(scores_.x[0]);
     fence_registers(output_.x[0]);
     release(v_);
-    pack_p(block);
-    if (kEdge || kGeneral ? factors.any_moved() : moved) cuda::rescale(output_, factors);
+    pack_p();
+    if (kKeeps ? moved : factors.any_moved()) cuda::rescale(output_, factors);
   }
 
   // O += P V of the last block.
@@ -145,6 +222,10 @@ class Computer {
     release(v_);
   }
 
+  __device__ __forceinline__ void start_scores(const typename Memory::Q& q) {
+    begin_products();
+    start_straight(scores_, q, memory_.k(k_.stage()));
+  }
   __device__ __forceinline__ void start_pv() {
     fence_registers(output_.x[0]);
     fence_registers(p_fragments_);
@@ -156,26 +237,35 @@ class Computer {
     return {p_, call_.constants, tile.batch, tile.head, tile.band};
   }
 
-  __device__ __forceinline__ cuda::RowFactors<1> follow(int block, bool edge) {
-    if (kGeneral || edge) {
-      const Work tile = work();
-      const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
-      if constexpr (kGeneral) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
-      if (edge) cuda::mask_band(scores_, tile.band, row, key);
-    }
-    return cuda::follow_maximum<kGeneral>(states_, scores_, scale_log2_, {});
+  // Products become scores, but for a scale that the exponential brings.
+  __device__ __forceinline__ void finish_scores(int block, bool edge) {
+    if (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
+    if (kTerms != Terms::any && kTerms != Terms::alibi && !edge) return;
+    const Work tile = work();
+    const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
+    if (kTerms == Terms::any) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
+    if (kTerms == Terms::alibi)
+      cuda::add_alibi(scores_, scale_log2_, slope_log2_, row + tile.band.seqlen_k - tile.band.seqlen_q - key);
+    if (edge) cuda::mask_sides(scores_, tile.band, row, key);
+  }
+  __device__ __forceinline__ float exponent_scale() const {
+    return kTerms == Terms::none || kTerms == Terms::dropout ? scale_log2_ : 1.0f;
+  }
+  __device__ __forceinline__ cuda::RowFactors<1> follow(const cuda::RowFlags<1>& keep = {}) {
+    return cuda::follow_maximum<kGeneral>(states_, scores_, exponent_scale(), keep);
   }
 
-  __device__ __forceinline__ void pack_p(int block) {
-    if constexpr (kGeneral) {
-      if (call_.constants.drops()) {
-        const Work tile = work();
-        terms(tile).dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
-                            [&](int m, int half, int n, int e, bool kept) {
-                              if (!kept) scores_.at(m, half, n, e) = 0;
-                            });
-      }
-    }
+  // What dropout takes from P counts in l.
+  __device__ __forceinline__ void drop(int block) {
+    if (kTerms != Terms::dropout && !(kTerms == Terms::any && call_.constants.drops())) return;
+    const Work tile = work();
+    terms(tile).dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
+                        [&](int m, int half, int n, int e, bool kept) {
+                          if (!kept) scores_.at(m, half, n, e) = 0;
+                        });
+  }
+
+  __device__ __forceinline__ void pack_p() {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(scores_, 0, k);
@@ -193,7 +283,7 @@ class Computer {
       RowState<float> state = states_.x[m][half].total();
       const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
       float weight = factor * state.inverse_sum();
-      if constexpr (kGeneral) weight *= call_.constants.kept_weight;
+      if constexpr (kGeneral || kTerms == Terms::dropout) weight *= call_.constants.kept_weight;
 #pragma unroll
       for (int n = 0; n < ND; ++n)
 #pragma unroll
@@ -202,6 +292,14 @@ class Computer {
       if (lane_index() % 4 == 0 && i < tile.band.seqlen_q)
         *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, tile.head) = state.lse();
     });
+    if constexpr (!Config::kStoresByCopy)
+      sm80::write_rows<T, true>(output_, p_.out, tile.batch, tile.q_start + row, tile.head, tile.band.seqlen_q - row, 0,
+                                static_cast<int>(p_.head_dim_v), 1.0f);
+    else
+      store_by_copy(tile, row);
+  }
+
+  __device__ __forceinline__ void store_by_copy(const Work& tile, int row) const {
     const typename Memory::O o = memory_.o(q_.stage(), warpgroup_);
     const int lane = opaque(lane_index());
 #pragma unroll
@@ -217,7 +315,7 @@ class Computer {
   }
 
   // The warp's rows of O that belong to the sequence.
-  __device__ void store_rows(const Work& work, const typename Memory::O& o, int row) const {
+  __device__ __forceinline__ void store_rows(const Work& work, const typename Memory::O& o, int row) const {
     constexpr int kChunk = 8, kLanes = Memory::O::kBlocks * 8;
     __syncwarp();
     const int rows = min(work.band.seqlen_q - row, 16), cols = static_cast<int>(p_.head_dim_v);
@@ -228,6 +326,15 @@ class Computer {
         *reinterpret_cast<uint4*>(row_ptr<T>(p_.out, work.batch, work.q_start + row + i / kLanes, work.head) + col) =
             sm80::load_shared_16_bytes(o.address(warp_row_ + i / kLanes, col));
     }
+  }
+
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (kTakesTurns) wait(memory_.turn(warpgroup_), turn_ ^ (warpgroup_ == 0 ? 1 : 0));
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (!kTakesTurns) return;
+    arrive_if(memory_.turn((warpgroup_ + 1) % Config::kWarpgroups), lane_index() == 0);
+    turn_ ^= 1;
   }
 
   template <class Ring>
@@ -244,14 +351,17 @@ class Computer {
   typename Memory::RingK k_;
   typename Memory::RingV v_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
-  const float scale_log2_;          // of plain scores
+  const float scale_log2_;
+  float slope_log2_ = 0;  // of ALiBi, for the tile's head
+  unsigned tile_ = 0;
+  uint32_t turn_ = 0;  // parity of the turns that this warpgroup has had
   cuda::RowStates<1, kGeneral> states_;
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;
   uint32_t p_fragments_[kSteps][4];
 };
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config, Terms kTerms>
 __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardCall call) {
   const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x == 0) {
@@ -263,10 +373,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
     if (warp == 0) Loader<T, Config>(call, memory).run();
-    if (warp == 1) store_tiles<T, Config>(call, memory);
+    if (Config::kStoresByCopy && warp == 1) store_tiles<T, Config>(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    Computer<T, Config, kGeneral>(call, memory, warp - 4).run();
+    Computer<T, Config, kTerms>(call, memory, warp - 4).run();
   }
 }
 
@@ -276,9 +386,9 @@ constexpr int64_t kCachedBytes = int64_t{32} << 20;
 // would ask for the K and V of many heads at once. Even tiles run head by head: then one load from memory serves all.
 constexpr int64_t kUnevenHeads = 16;
 
-template <class T, bool kGeneral>
+template <class T, Terms kTerms>
 void run_forward(const Problem& p, const Execution& execution) {
-  using Config = ForwardConfig<FAE_HEAD_DIM, kGeneral>;
+  using Config = ForwardConfig<FAE_HEAD_DIM, kTerms>;
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
@@ -305,18 +415,17 @@ void run_forward(const Problem& p, const Execution& execution) {
                          make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
                          make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows)};
   const cuda::Grid grid{blocks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
-  cuda::launch("sm90 forward", forward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
+  cuda::launch("sm90 forward", forward_kernel<T, Config, kTerms>, grid, execution.stream, call);
 }
 
 }  // namespace
 
 template <>
 void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
-  const bool general = !p.plain_scores();
-  if (p.dtype == DType::bfloat16)
-    general ? run_forward<__nv_bfloat16, true>(p, execution) : run_forward<__nv_bfloat16, false>(p, execution);
-  else
-    general ? run_forward<__half, true>(p, execution) : run_forward<__half, false>(p, execution);
+  cuda::with_terms(p, [&](auto terms) {
+    p.dtype == DType::bfloat16 ? run_forward<__nv_bfloat16, terms()>(p, execution)
+                               : run_forward<__half, terms()>(p, execution);
+  });
 }
 
 }  // namespace fae::sm90

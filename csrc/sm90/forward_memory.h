@@ -21,14 +21,9 @@ struct ForwardCall {
 
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {
-  int batch = 0, head = 0, row_begin = 0, q_start = 0;  // batch -1: there are no more
+  int batch = 0, head = 0, head_kv = 0, row_begin = 0, q_start = 0, k_start = 0;  // batch -1: there are no more
   cuda::DeviceBand band = {};
 };
-
-__device__ __forceinline__ KeyBlocks<int> key_blocks(const cuda::DeviceBand& band, int row, int rows, int keys) {
-  const int end = min(row + rows, band.seqlen_q);
-  return KeyBlocks<int>(band.any(row, end), band.every(row, end), keys);
-}
 
 template <class T, class Config>
 struct ForwardMemory {
@@ -40,14 +35,18 @@ struct ForwardMemory {
   using RingK = Ring<Config::kStagesK>;
   using RingV = Ring<Config::kStagesV>;
   static_assert(O::kBytes <= Q::kBytes);
+  // One tile is being finished, the next one's Q may be there, and the one after that is known to the loading warp.
+  using Tiles = NumberedBuffers<3>;
 
   static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes;
   static constexpr int kK = Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
-  static constexpr int kWork = kV + Config::kStagesV * V::kBytes;
-  static constexpr int kBarriers = kWork + Config::kStagesQ * static_cast<int>(sizeof(Work));
+  static constexpr int kWork = kV + Config::kStagesV * V::kBytes,
+                       kBlocksBytes = static_cast<int>(sizeof(KeyBlocks<int>));
+  static constexpr int kWorkBytes = static_cast<int>(sizeof(Work)) + (Config::kWarpgroups + 1) * kBlocksBytes;
+  static constexpr int kBarriers = kWork + Tiles::kCount * kWorkBytes;
   static constexpr int kRingK = kBarriers + RingQ::kBytes, kRingV = kRingK + RingK::kBytes;
   static constexpr int kOutFull = kRingV + RingV::kBytes, kTail = kOutFull + 8 * Config::kStagesQ;
-  static constexpr int kBytes = kTail + 8;
+  static constexpr int kTurns = kTail + 8, kBytes = kTurns + 8 * Config::kWarpgroups;
   static_assert(kBytes <= 227 * 1024);
 
   uint32_t base;
@@ -62,21 +61,35 @@ struct ForwardMemory {
   // O is complete in the place of Q; rows of V have arrived, of which some must be cleared.
   __device__ uint32_t out_full(int stage) const { return base + kOutFull + 8 * stage; }
   __device__ uint32_t tail_full() const { return base + kTail; }
+  // The warpgroup before has had its turn.
+  __device__ uint32_t turn(int warpgroup) const { return base + kTurns + 8 * warpgroup; }
 
   __device__ void init_barriers() const {
-    ring_q().init(1, 1);
+    ring_q().init(1, Config::kStoresByCopy ? 1 : 4 * Config::kWarpgroups);
     ring_k().init(1, 4 * Config::kWarpgroups);
     ring_v().init(1, 4 * Config::kWarpgroups);
     for (int i = 0; i < Config::kStagesQ; ++i) init_barrier(out_full(i), 4 * Config::kWarpgroups);
     init_barrier(tail_full(), 1);
+    for (int i = 0; i < Config::kWarpgroups; ++i) init_barrier(turn(i), 4);
     fence_barrier_init();
   }
 
-  __device__ void write_work(int stage, const Work& work) const { write_struct(work_address(stage), work); }
-  __device__ __forceinline__ Work read_work(int stage) const { return read_struct<Work>(work_address(stage)); }
+  __device__ void write_work(unsigned tile, const Work& work) const { write_struct(work_address(tile), work); }
+  __device__ __forceinline__ Work read_work(unsigned tile) const { return read_struct<Work>(work_address(tile)); }
+
+  // Key blocks that rows of a warpgroup see; of number kWarpgroups: that rows of any see.
+  __device__ void write_blocks(unsigned tile, int warpgroup, const KeyBlocks<int>& blocks) const {
+    write_struct(blocks_address(tile, warpgroup), blocks);
+  }
+  __device__ __forceinline__ KeyBlocks<int> read_blocks(unsigned tile, int warpgroup) const {
+    return read_struct<KeyBlocks<int>>(blocks_address(tile, warpgroup));
+  }
 
  private:
-  __device__ uint32_t work_address(int stage) const { return base + kWork + stage * static_cast<int>(sizeof(Work)); }
+  __device__ uint32_t work_address(unsigned tile) const { return base + kWork + Tiles::stage(tile) * kWorkBytes; }
+  __device__ uint32_t blocks_address(unsigned tile, int warpgroup) const {
+    return work_address(tile) + static_cast<int>(sizeof(Work)) + warpgroup * kBlocksBytes;
+  }
 };
 
 }  // namespace fae::sm90

@@ -23,43 +23,62 @@ class Loader {
         first_(lane_index() == 0) {}
 
   __device__ void run() {
-    const int tiles = static_cast<int>(call_.schedule.size()), blocks = static_cast<int>(gridDim.x);
-    int next = 0;
+    plan(0);
+    publish(0);
 #pragma unroll 1
-    for (int index = static_cast<int>(blockIdx.x); index < tiles; index = next) {
-      const int taken = call_.counter && first_ ? atomicAdd(call_.counter, 1) : 0;
-      load(call_.schedule[index]);
-      next = call_.counter ? blocks + uniform(taken) : index + blocks;
+    for (unsigned tile = 0;; ++tile) {
+      const Work work = memory_.read_work(tile);
+      if (work.batch < 0) return;
+      load(tile, work);
     }
-    load_waiting_v();
-    publish({.batch = -1}, false);
   }
 
  private:
-  __device__ void load(const Tile& tile) {
-    const Sequence s = sequence_of(p_, tile.batch);
-    if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) return;
-    const int batch = static_cast<int>(tile.batch), head = static_cast<int>(tile.head);
-    const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
-    const Work work = {batch, head, static_cast<int>(tile.block) * Config::kRows, static_cast<int>(s.q_start), band};
-    const KeyBlocks<int> blocks = key_blocks(band, work.row_begin, Config::kRows, Config::kKeys);
-    const Keys keys = {p_.cu_seqlens_k ? 0 : batch, head / static_cast<int>(p_.heads / p_.heads_kv),
-                       static_cast<int>(s.k_start), band.seqlen_k};
-    if (blocks.begin >= blocks.end) {
-      load_waiting_v();  // a place for Q may become free with the tile that waits for it only
-      publish(work, false);
-    }
-    // From the last block to the first, V behind K: in the order in which they are used.
+  // Takes the next tile that has rows, works out what it needs and leaves that for everybody. The divisions take as
+  // long as a block of keys: this happens a tile ahead, while loads are under way.
+  __device__ void plan(unsigned number) {
+    Work work = {.batch = -1};
 #pragma unroll 1
-    for (int block = blocks.end - 1; block >= blocks.begin; --block) {
-      load_k(keys, block);
-      // Where there is one place for Q, it becomes free with the tile that waits for its last V.
-      if (Config::kStagesQ == 1) load_waiting_v();
-      if (block == blocks.end - 1) publish(work, true);
-      load_waiting_v();
-      waiting_ = keys;
-      waiting_block_ = block;
+    while (work.batch < 0 && index_ < static_cast<unsigned>(call_.schedule.size())) {
+      const Tile tile = call_.schedule[index_];
+      index_ = gridDim.x + (call_.counter ? uniform(first_ ? atomicAdd(call_.counter, 1) : 0) : index_);
+      const Sequence s = sequence_of(p_, tile.batch);
+      if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
+      const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
+      work = {static_cast<int>(tile.batch),
+              static_cast<int>(tile.head),
+              static_cast<int>(static_cast<unsigned>(tile.head) / group),
+              static_cast<int>(tile.block) * Config::kRows,
+              static_cast<int>(s.q_start),
+              static_cast<int>(s.k_start),
+              {s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right}};
     }
+    // Every lane for the rows of one warpgroup, the last for all of them.
+    const int part = min(lane_index(), Config::kWarpgroups);
+    const bool all = part == Config::kWarpgroups;
+    const int row = work.row_begin + (all ? 0 : part * kWarpgroupRows);
+    const int row_end = min(row + (all ? Config::kRows : kWarpgroupRows), work.band.seqlen_q);
+    const KeyBlocks<int> blocks(work.band.any(row, row_end), work.band.every(row, row_end), Config::kKeys);
+    if (first_) memory_.write_work(number, work);
+    if (lane_index() <= Config::kWarpgroups) memory_.write_blocks(number, part, blocks);
+    __syncwarp();
+  }
+
+  // In the order in which things are used: blocks from the last to the first, V behind the K of the block after it.
+  __device__ void load(unsigned number, const Work& work) {
+    const KeyBlocks<int> blocks = memory_.read_blocks(number, Config::kWarpgroups);
+    const Keys keys = {p_.cu_seqlens_k ? 0 : work.batch, work.head_kv, work.k_start, work.band.seqlen_k};
+    if (!blocks.empty()) load_k(keys, blocks.end - 1);
+    plan(number + 1);
+#pragma unroll 1
+    for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+      load_k(keys, block);
+      load_v(keys, block + 1);
+    }
+    // The last V waits for its place; Q, if it has several, need not. One alone becomes free later.
+    if (Config::kStagesQ > 1) publish(number + 1);
+    if (!blocks.empty()) load_v(keys, blocks.begin);
+    if (Config::kStagesQ == 1) publish(number + 1);
   }
 
   // Keys and values of one head of one sequence.
@@ -67,19 +86,18 @@ class Loader {
     int batch, head, start, seqlen;
   };
 
-  // Tells the others about a tile, with its Q where it has any keys.
-  __device__ void publish(const Work& work, bool with_q) {
+  // Hands a tile that has been planned to the others, with its Q where it has any keys.
+  __device__ void publish(unsigned number) {
+    const Work work = memory_.read_work(number);
+    const bool with_q = !memory_.read_blocks(number, Config::kWarpgroups).empty();
     q_.wait_empty();
-    if (first_) {
-      memory_.write_work(q_.stage(), work);
-      if (with_q) {
-        arrive_expecting(q_.full(), Memory::kQBytes);
-        for (int w = 0; w < Config::kWarpgroups; ++w)
-          load_tile(memory_.q(q_.stage(), w), call_.q, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
-                    p_.cu_seqlens_q ? 0 : work.batch, q_.full());
-      } else {
-        arrive(q_.full());
-      }
+    if (first_ && with_q) {
+      arrive_expecting(q_.full(), Memory::kQBytes);
+      for (int w = 0; w < Config::kWarpgroups; ++w)
+        load_tile(memory_.q(q_.stage(), w), call_.q, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
+                  p_.cu_seqlens_q ? 0 : work.batch, q_.full());
+    } else if (first_) {
+      arrive(q_.full());
     }
     q_.advance();
   }
@@ -93,16 +111,15 @@ class Loader {
     k_.advance();
   }
 
-  __device__ void load_waiting_v() {
-    if (waiting_block_ < 0) return;
-    const int key = waiting_block_ * Config::kKeys, valid = waiting_.seqlen - key;
+  __device__ void load_v(const Keys& keys, int block) {
+    const int key = block * Config::kKeys, valid = keys.seqlen - key;
     // Where the tensor goes on after the sequence. Masked keys have P = 0, but 0 times what lies there may be NaN.
     const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
     v_.wait_empty();
     if (first_) {
       const uint32_t barrier = tail ? memory_.tail_full() : v_.full();
       arrive_expecting(barrier, Memory::V::kBytes);
-      load_tile(memory_.v(v_.stage()), call_.v, waiting_.start + key, waiting_.head, waiting_.batch, barrier);
+      load_tile(memory_.v(v_.stage()), call_.v, keys.start + key, keys.head, keys.batch, barrier);
     }
     if (tail) {
       wait(memory_.tail_full(), tail_parity_);
@@ -113,7 +130,6 @@ class Loader {
       if (first_) arrive(v_.full());
     }
     v_.advance();
-    waiting_block_ = -1;
   }
 
   const ForwardCall& call_;
@@ -122,9 +138,8 @@ class Loader {
   typename Memory::RingQ q_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
-  const bool first_;  // the lane that talks to the accelerator
-  Keys waiting_ = {};
-  int waiting_block_ = -1;  // of V; none
+  unsigned index_ = blockIdx.x;  // of the next tile that is taken
+  const bool first_;             // the lane that talks to the accelerator
   uint32_t tail_parity_ = 0;
 };
 
@@ -139,9 +154,9 @@ __device__ void store_tiles(const ForwardCall& call, const ForwardMemory<T, Conf
   using Memory = ForwardMemory<T, Config>;
   typename Memory::RingQ q = memory.ring_q();
 #pragma unroll 1
-  for (;; q.advance()) {
+  for (unsigned tile = 0;; ++tile, q.advance()) {
     q.wait_full();
-    const Work work = memory.read_work(q.stage());
+    const Work work = memory.read_work(tile);
     if (work.batch < 0) break;
     wait(memory.out_full(q.stage()), q.parity());
     if (lane_index() != 0) continue;

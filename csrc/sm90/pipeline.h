@@ -48,6 +48,7 @@ class Ring {
 // The same for users that count what has gone through: number n is in buffer n % kStages for the n / kStages-th time.
 template <int kStages>
 struct NumberedBuffers {
+  static constexpr int kCount = kStages;
   static __device__ __forceinline__ int stage(unsigned number) { return static_cast<int>(number % kStages); }
   static __device__ __forceinline__ uint32_t parity(unsigned number) { return number / kStages % 2; }
 };
