@@ -134,6 +134,33 @@ def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
     check(case.but(window_left=40, window_right=20, scale=-1 / math.sqrt(32)), device)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Case(batch=1, seqlen_q=130, seqlen_k=300, head_dim=64),
+        Case(batch=1, seqlen_q=210, seqlen_k=330, head_dim=128, window_right=0),
+        Case(lengths_q=(70, 0, 160), lengths_k=(200, 9, 160), head_dim=96, window_left=130, window_right=20),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "term",
+    [
+        {"softcap": 20.0},  # products are far below it
+        {"softcap": 1.5},  # and on both sides of it
+        {"softcap": 20.0, "values": "large"},
+        {"alibi": "h"},
+        {"alibi": "bh", "values": "growing"},
+        {"dropout_p": 0.1},
+        {"dropout_p": 2.0**-16},
+    ],
+    ids=str,
+)
+def test_single_term(device: str, dtype: torch.dtype, shape: Case, term: dict[str, object]) -> None:
+    """Some kernels are made for one term alone: blocks seen whole and in part, on both sides of the diagonal."""
+    check(shape.but(dtype=dtype, heads=2, heads_kv=1, **term), device)
+
+
 @pytest.mark.parametrize("bias_values", BIAS_VALUES)
 def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:
     case = Case(seqlen_q=40, seqlen_k=150, heads=2, heads_kv=1, bias="bhqk", bias_values=bias_values, dtype=dtype)
