@@ -32,17 +32,33 @@ def kernels(library: Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 
 
 def main_loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
-    """Innermost loops that have matrix products: from where a branch goes back to, up to it."""
-    ranges = []
-    for at, what in instructions:
-        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what)
-        if target and int(target[1], 16) <= at:
-            ranges.append((int(target[1], 16), at))
-    loops = [
-        (first, last)
-        for first, last in ranges
-        if any(first <= at <= last and PRODUCTS.search(what) for at, what in instructions)
-    ]
-    for first, last in loops:
-        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops):
-            yield [what for at, what in instructions if first <= at <= last]
+    """Innermost natural loops that have matrix products: what can be on the way from a loop's head back to it.
+
+    Not everything between the two addresses: compilers put code of others, and what seldom runs, anywhere.
+    """
+    index = {at: i for i, (at, _) in enumerate(instructions)}
+    before: list[list[int]] = [[] for _ in instructions]
+    back: dict[int, list[int]] = {}  # from heads to the branches that go back to them
+    for i, (_, what) in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what)
+        target = index.get(int(branch[1], 16)) if branch else None
+        if target is not None:
+            before[target].append(i)
+            if target <= i:
+                back.setdefault(target, []).append(i)
+        ends = re.match(r"(BRA|BRX|EXIT|RET)\b(?!.*\bU?P\d)", what)
+        if not ends and i + 1 < len(instructions):
+            before[i + 1].append(i)
+
+    loops = []
+    for head, branches in back.items():
+        body, reached = {head}, list(branches)
+        while reached:
+            if (i := reached.pop()) not in body:
+                body.add(i)
+                reached += before[i]
+        if any(PRODUCTS.search(instructions[i][1]) for i in body):
+            loops.append(body)
+    for body in loops:
+        if not any(other < body for other in loops):
+            yield [instructions[i][1] for i in sorted(body)]
