@@ -250,12 +250,13 @@ def gpu_speedup(results: Path) -> str:
     rows: dict[str, list[list[str]]] = {}
     for suite, environment, records in gpu_files(results):
         for dtype, _, group in groups(records):
-            row = [suite, dtype, str(len(group))]
+            peers_here = [title for name, title in measured(group).items() if name != OURS]
+            row = [suite, dtype, str(len(group)), ", ".join(peers_here)]
             for peers, direction in ((PEERS, "forward"), (PEERS, "backward"), (DETERMINISTIC, "backward")):
                 row += mean_and_least(group, peers, direction)
             rows.setdefault(heading(environment), []).append(row)
     ways = ("forward", "backward", "backward, deterministic peers")
-    header = ["suite", "dtype", "cases", *(f"{way}, {what}" for way in ways for what in ("mean", "least"))]
+    header = ["suite", "dtype", "cases", "peers", *(f"{way}, {what}" for way in ways for what in ("mean", "least"))]
     return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, lines in rows.items())
 
 
