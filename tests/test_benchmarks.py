@@ -24,7 +24,7 @@ import stopwatch  # noqa: E402
 import suites  # noqa: E402
 import tables  # noqa: E402
 from candidate import Candidate, make_inputs, visible  # noqa: E402
-from suites import Case, Suite, biased, packed, variants  # noqa: E402
+from suites import Case, Suite, biased, packed, variants, with_options  # noqa: E402
 
 import flash_attn_ext  # noqa: E402
 
@@ -36,7 +36,7 @@ CASES = (
     Case(1, 4, 1, 70, 16, heads_kv=4),
 )
 LENGTHS = replace(packed("mixed", (70, 1, 33)), heads=4, heads_kv=2, head_dim=16)
-GPU_CASES = (*biased(TINY), LENGTHS, replace(LENGTHS, causal=True))
+GPU_CASES = (*biased(TINY), LENGTHS, replace(LENGTHS, causal=True), *with_options(TINY)[1:])
 USUAL = candidates.usual_candidates("cpu")
 
 
@@ -96,6 +96,9 @@ def largest_error(candidate: Candidate, case: Case) -> float:
     inputs = make_inputs(case, "cpu")
     expected = accuracy.expected_results(case, inputs)
     found = accuracy.errors(candidate, case, candidate.prepare(case, inputs), expected)
+    if case.dropout:  # everyone draws bits of their own: nothing is compared
+        assert not found
+        return 0.0
     assert set(found) == {"out", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
     return max(found.values())
 
@@ -122,6 +125,9 @@ def test_candidates_compute_the_same_function(name: str, case: Case) -> None:
 @pytest.mark.parametrize("case", [*variants(TINY), *GPU_CASES], ids=lambda case: case.name)
 def test_flex_attention_computes_the_same_function(case: Case) -> None:
     flex, inputs = candidates.CANDIDATES["flex_attention"], make_inputs(case, "cpu")
+    if case.sinks or case.dropout:
+        assert flex.why_not(case, "cuda") == f"takes no {'sinks' if case.sinks else 'dropout'}"
+        return
     expected = accuracy.expected_results(case, inputs)[0]
     q, k, v = (flex.to_native(x, bool(case.lengths)) for x in (inputs.q, inputs.k, inputs.v))
     attend = flex.attention(case, inputs)  # without a gradient, which it lacks on a CPU
@@ -181,8 +187,8 @@ def test_packages_are_called_right(name: str, case: Case) -> None:
     why_not = candidate.why_not(case, "cpu")
     if name == "fa3" and case.lengths:
         assert why_not.endswith("some_fa3 has no flash_attn_varlen_func")
-    elif case.bias or case.mask:
-        assert why_not == f"takes no {'bias' if case.bias else 'boolean mask'}"
+    elif foreign := [word for word in ("bias", "mask", "alibi", "sinks", "dropout") if getattr(case, word)]:
+        assert why_not == f"takes no {'boolean ' * case.mask}{foreign[0]}"
     else:
         assert not why_not
         assert largest_error(candidate, case) < TOLERANCE
@@ -230,6 +236,7 @@ def tiny_suites(monkeypatch: pytest.MonkeyPatch) -> None:
         "prefill": Suite((TINY,), dtypes=("float32",)),
         "bias": Suite(biased(TINY), dtypes=("float32",)),
         "varlen": Suite((LENGTHS,), dtypes=("float32",)),
+        "options": Suite(with_options(TINY), dtypes=("float32",)),
         "memory": Suite((TINY,), measures_memory=True),
     }
     monkeypatch.setattr(run, "SUITES", {"cpu": tiny, "cuda": {}})
@@ -265,6 +272,27 @@ def test_run_writes_what_the_tables_show(tmp_path: Path) -> None:
     assert ratio == pytest.approx(ours / theirs)
 
 
+@pytest.mark.usefixtures("tiny_suites")
+def test_options_are_compared_with_our_own_speed_without(tmp_path: Path) -> None:
+    files = run_tiny(tmp_path, "--suite", "options", "--candidates", "flash_attn_ext,sdpa_math")
+    records = files["options"]["records"]
+    assert [record["candidates"]["sdpa_math"].get("unsupported", "") for record in records] == [
+        "",
+        "takes no softcap",
+        "takes no alibi",
+        "takes no sinks",
+        "",
+    ]
+    for record, gflops in zip(records, (60.0, 40.0, 30.0, 20.0, 10.0), strict=True):
+        for direction in suites.DIRECTIONS:
+            record["candidates"]["flash_attn_ext"][direction]["gflops"] = gflops
+    (path,) = tmp_path.glob("*/options.json")
+    path.write_text(json.dumps(files["options"]))
+    rows = tables.option_costs(tmp_path).splitlines()[-4:]
+    costs = {"softcap 30": "1.50x", "ALiBi": "2.00x", "sinks": "3.00x", "dropout 0.1": "6.00x"}
+    assert rows == [f"| {TINY.name}, {option} | {cost} | {cost} |" for option, cost in costs.items()]
+
+
 @pytest.mark.usefixtures("tiny_suites", "flash_attention_packages")
 def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
     names = "flash_attn_ext,sdpa_cudnn,softmax,fa2,fa2_deterministic"
@@ -280,7 +308,10 @@ def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
     path.write_text(json.dumps(files["prefill"]))
     cells = "60 | 30 FA2 | 2.00x"
     assert f"| float32 | {cells} | {cells} | 20 FA2 deterministic | 3.00x |" in tables.gpu_speed(tmp_path)
-    assert "| prefill | float32 | 1 | 2.00x | 2.00x | 2.00x | 2.00x | 3.00x | 3.00x |" in tables.gpu_speedup(tmp_path)
+    peers = "softmax, FA2, FA2 deterministic"
+    assert f"| prefill | float32 | 1 | {peers} | 2.00x | 2.00x | 2.00x | 2.00x | 3.00x | 3.00x |" in tables.gpu_speedup(
+        tmp_path
+    )
     assert "SDPA cuDNN" not in tables.gpu_error(tmp_path)
 
     pytest.importorskip("matplotlib")
