@@ -54,8 +54,7 @@ class Computer {
   }
 
  private:
-  // What is known about the tile is read anew wherever it is needed: registers that held it would be missing in
-  // between.
+  // What is known about the tile is read anew wherever it is needed: there are no registers that could hold it.
   __device__ __forceinline__ Work work() const { return memory_.read_work(tile_); }
   __device__ __forceinline__ KeyBlocks<int> my_blocks() const { return memory_.read_blocks(tile_, warpgroup_); }
   __device__ __forceinline__ KeyBlocks<int> blocks_of_all() const {
