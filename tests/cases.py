@@ -32,7 +32,7 @@ LEAVES = ("q", "k", "v", "bias", "sinks")
 EXP_ERROR = 7.5e-5
 
 # How the scores lie: "growing" raises the maximum in every key block, "falling" has it in the first, "jumps" moves
-# single keys by about +-1e4 (1e3 in float16, whose products would overflow), "repeated" has few distinct scores, so
+# single keys by about +-1e4 (at most 1e3 in float16, which would overflow), "repeated" has few distinct scores, so
 # that rows have many equal maxima, "large" makes the softmax nearly one-hot.
 VALUES = ("normal", "growing", "falling", "jumps", "repeated", "large", "zero")
 # "infinite" hides 30 % of the elements and whole rows by -inf. "finite_min" does it by finfo.min, which hides nothing
@@ -203,7 +203,9 @@ class Case:
         ramp = {"growing": position * 0.7, "falling": -position * 0.7}.get(self.values)
         if self.values == "jumps":
             ramp = torch.where(position % 13 == 5, 1.0, 0.0) + torch.where(position % 29 == 7, -1.0, 0.0)
-            ramp = ramp * (1e3 if self.dtype == torch.float16 else 1e4)
+            # dq is as large as the jumps times dP, a sum over the columns of v.
+            largest = 1e3 * min(1.0, math.sqrt(32 / (self.head_dim_v or self.head_dim)))
+            ramp = ramp * (largest if self.dtype == torch.float16 else 1e4)
         if ramp is None:
             return q, k
         q, k = q.clone(), k.clone()

@@ -153,6 +153,7 @@ def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
         {"alibi": "bh", "values": "growing"},
         {"dropout_p": 0.1},
         {"dropout_p": 2.0**-16},
+        {"dropout_p": 1e-6},  # nothing is dropped
     ],
     ids=str,
 )

@@ -87,11 +87,16 @@ def test_batch_invariance(device: str, dtype: torch.dtype, case: Case, request: 
 
 
 @pytest.mark.parametrize("window_right", [None, 0])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (128, 0.0), (128, 3.0)])
 def test_packing_invariance(
-    device: str, dtype: torch.dtype, head_dim: int, window_right: int | None, request: pytest.FixtureRequest
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    softcap: float,
+    window_right: int | None,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """A sequence has the same bits alone as packed between others."""
+    """A sequence has the same bits alone as packed between others, whose scores come nearer to a softcap, too."""
     lengths = (33, 520, 190)
     case = Case(
         lengths_q=lengths,
@@ -100,6 +105,7 @@ def test_packing_invariance(
         heads_kv=2,
         head_dim=head_dim,
         window_right=window_right,
+        softcap=softcap,
         dtype=dtype,
     )
     inputs = case.make(device)

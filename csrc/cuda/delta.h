@@ -12,7 +12,7 @@ struct RowStatistics {
   // 16 columns with (1, 1, 1, 0, 0, 0, 0, 0) twice gives -lse / scale, one with (0, 0, 0, 1, 1, 1, 0, 0) twice gives
   // -delta. Otherwise: lse * log2 e (0 of a row without keys) and delta, as float, and 8 bytes that mean nothing.
   bool folded = false;
-  float delta_weight = 1;  // of delta among folded statistics
+  float delta_weight = 1;  // of delta among folded statistics: 1 / kept_weight, where that comes with the results
 };
 
 // What runs before a backward kernel, in one launch; returns the problem for that kernel, in terms of `space`:

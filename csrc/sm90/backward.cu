@@ -502,7 +502,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
                cuda::Grid{blocks, Config::kThreads, Memory::kBytes}, execution.stream, call);
 }
 
-// lse / scale, which is added to products of plain scores, has to be a float.
+// lse / scale, which is added to products, has to be a float.
 constexpr double kSmallestScale = 1e-30;
 
 // f(std::integral_constant) with the terms that a call's kernel is made for.

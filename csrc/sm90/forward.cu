@@ -190,9 +190,9 @@ class Computer {
 
     cuda::RowFactors<1> factors;
     bool moved = true;
+    if constexpr (!kKeeps) release(k_);
     finish_scores(block, kEdge);
     if constexpr (!kKeeps) {
-      release(k_);
       factors = follow();
     } else {
       moved = cuda::keep_maximum(states_, scores_, exponent_scale(), [&](const auto& keep) {
@@ -305,10 +305,8 @@ class Computer {
     for (int pair = 0; pair < ND / 2; ++pair)
       store_matrices(o.address(warp_row_ + lane % 16, 16 * pair + lane / 16 * 8),
                      sm80::as_left_operand<T>(output_, 0, pair).x);
-    if (stored_whole(tile, warpgroup_))
-      fence_async_proxy();
-    else
-      store_rows(tile, o, row);
+    if (!stored_whole(tile, warpgroup_)) store_rows(tile, o, row);
+    fence_async_proxy();  // O is copied from there, or a Q to there
     __syncwarp();
     arrive_if(memory_.out_full(q_.stage()), lane_index() == 0);
   }
