@@ -216,7 +216,7 @@ class BackwardComputer {
     });
   }
 
-  // P and dS at once: half of the rows' P while dP is computed, for more there are no registers.
+  // P and dS at once, the first parts' P (Config::kEarlyParts) while dP is computed.
   __device__ __forceinline__ void finish_general_scores() {
     constexpr int kParts = Config::kRows / 16, kEarlyParts = Config::kEarlyParts;
     wait_products<1>();
