@@ -204,7 +204,7 @@ class Case:
         if self.values == "jumps":
             ramp = torch.where(position % 13 == 5, 1.0, 0.0) + torch.where(position % 29 == 7, -1.0, 0.0)
             # dq is as large as the jumps times dP, a sum over the columns of v.
-            largest = 1e3 * min(1.0, math.sqrt(32 / (self.head_dim_v or self.head_dim)))
+            largest = 1e3 * min(1.0, math.sqrt(128 / (self.head_dim_v or self.head_dim)))
             ramp = ramp * (largest if self.dtype == torch.float16 else 1e4)
         if ramp is None:
             return q, k

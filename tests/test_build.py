@@ -21,8 +21,8 @@ LIBRARY = PACKAGE / "libflash_attn_ext.so"
 CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
 MAX_COMPILE_SECONDS = 120.0  # beside another compiler, on a machine of two cores
-# Instructions of a loop of hundreds or thousands. With one term, most are where some scores are close to a softcap.
-MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 10, {"sm80": 2, "sm90": 0}
+# Instructions of a loop of hundreds or thousands.
+MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 1, {"sm80": 2, "sm90": 0}
 # Tiles of head dims that are compiled.
 HEAD_DIMS = {"sm80": (64, 128, 192, 256, 512), "sm90": (64, 128, 192, 256)}
 
@@ -108,9 +108,10 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention on aligned tensors, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    In kernels for every GPU, loops for blocks of which something is hidden have a few values more; in those for Hopper,
-    scores with a single term do. Kernels for several terms, float32, larger head dims and unaligned tensors have more
-    values than there are registers: what they spill beside thousands of instructions is not to grow.
+    In kernels for every GPU, loops for blocks of which something is hidden have a few values more. The Hopper backward
+    stays there with all terms, but for one value beside ALiBi. Other kernels for several terms, float32, larger head
+    dims and unaligned tensors have more values than there are registers: what they spill beside thousands of
+    instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.cuobjdump():
@@ -126,9 +127,12 @@ def test_main_loops_do_not_spill() -> None:
             plain[kernel[1]] += 1
             assert min(spills) == 0, name
             most = MOST_SPILLS_OF_PLAIN[kernel[1]]
+        elif terms := re.search(small + r"\(fae::cuda::Terms\)([1-4])>", name):
+            general = terms[2] == "4"
+            backward = "backward_kernel" in name
+            most = MOST_SPILLS_OF_ONE_TERM if not general else 0 if backward else MOST_SPILLS
         else:
-            one_term = re.search(small + r"\(fae::cuda::Terms\)[123]>", name)
-            most = MOST_SPILLS_OF_ONE_TERM if one_term else MOST_SPILLS
+            most = MOST_SPILLS
         assert max(spills) <= most, f"{name}: {spills} instructions"
     assert all(plain.values()), plain
 

@@ -161,9 +161,14 @@ def test_generation_with_a_compiled_forward(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", "offloaded_static"])
 @pytest.mark.parametrize("name", CACHED)
 def test_generation_on_a_gpu(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     inputs = {key: x.cuda() for key, x in prompt(name).items()}
-    assert_generates_the_same(build(name).cuda(), inputs, cache_implementation=cache)
+    options: dict[str, Any] = {"cache_implementation": cache}
+    if cache == "offloaded_static":
+        if name == "mistral":
+            pytest.skip("all layers have a window, and transformers finds none to load, with eager attention either")
+        options["disable_compile"] = True  # torch's compiler crashes on the cache's streams, with eager attention, too
+    assert_generates_the_same(build(name).cuda(), inputs, **options)

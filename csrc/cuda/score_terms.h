@@ -89,7 +89,7 @@ struct ScoreConstants {
   float softcap;        // 0: there is none
   float scale_softcap;  // products in units of the cap
   float kept_weight;    // of what dropout keeps
-  uint32_t dropped;     // random words below this one, by their upper half
+  uint32_t dropped;     // random words up to this one, by their upper half; 0: nothing is
   SoftcapSeries softcap_series;
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
@@ -97,21 +97,20 @@ struct ScoreConstants {
         softcap(static_cast<float>(p.softcap)),
         scale_softcap(p.softcap > 0 ? limited(p.softmax_scale / p.softcap) : 0.0f),
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
-        dropped(dropped_below(dropout_threshold(p.dropout_p))),
+        dropped(last_dropped(dropout_threshold(p.dropout_p))),
         softcap_series(p) {}
   FAE_INLINE bool drops() const { return kept_weight != 1; }
   // Half of a word decides: number 0 the lower one, 1 the upper one.
-  FAE_INLINE bool keeps(uint32_t word, int half) const { return (half == 0 ? word << 16 : word) >= dropped; }
+  FAE_INLINE bool keeps(uint32_t word, int half) const {
+    return (half == 0 ? word << 16 : word) > dropped || dropped == 0;
+  }
 
  private:
   static FAE_INLINE float limited(double x) {  // 0 times it is 0
     constexpr double kMost = 1e37;
     return static_cast<float>(x > kMost ? kMost : x < -kMost ? -kMost : x);
   }
-  // Where everything is dropped, so is what this lets pass: its weight is 0.
-  static FAE_INLINE uint32_t dropped_below(uint32_t threshold) {
-    return threshold < 1u << 16 ? threshold << 16 : 0xffffffffu;
-  }
+  static FAE_INLINE uint32_t last_dropped(uint32_t threshold) { return threshold == 0 ? 0 : (threshold << 16) - 1; }
 };
 
 // tanh to 2^-22, of the largest value: scores are no more exact than the 16-bit numbers that they come from.

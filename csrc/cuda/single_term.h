@@ -53,8 +53,10 @@ __device__ __forceinline__ void cap_scores(Scores& s, const ScoreConstants& cons
     const float cap_log2 = constants.softcap * kLog2e;
     s.for_each([&](int m, int half, int n, int e) {
       float& x = s.at(m, half, n, e);
-      const float capped = cap_log2 * score_tanh<T>(x * constants.scale_softcap);
-      x = fabsf(x) <= series.limit ? sum_series(x) : capped;
+      if (fabsf(x) <= series.limit)
+        x = sum_series(x);
+      else
+        x = cap_log2 * score_tanh<T>(x * constants.scale_softcap);
     });
   }
 }
