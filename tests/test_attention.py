@@ -154,6 +154,14 @@ def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
         {"dropout_p": 0.1},
         {"dropout_p": 2.0**-16},
         {"dropout_p": 1e-6},  # nothing is dropped
+        {"bias": "bhqk"},
+        {"bias": "1hqk", "values": "growing"},
+        {"bias": "bhqk", "bias_values": "jumps"},
+        {"bias": "b11k", "bias_values": "infinite"},
+        {"bias": "11qk", "bias_values": "finite_min"},
+        {"mask": "bhqk"},
+        {"mask": "b11k", "values": "growing"},
+        {"mask": "11qk", "mask_density": 0.02},  # rows that begin with blocks of which they see nothing
     ],
     ids=str,
 )

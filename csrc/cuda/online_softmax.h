@@ -97,11 +97,12 @@ __device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M, kGeneral>& 
   return factors;
 }
 
-// The same with the m that is there. Where that is too low for some row of the warp, `states` stay as they were, and
-// redo(keep) has to do the block with follow_maximum, for which it needs the scores anew. Whether it had to.
-template <int M, int N, class Redo>
-__device__ __forceinline__ bool keep_maximum(RowStates<M, false>& states, Accumulator<M, N>& s, float scale_log2,
-                                             Redo&& redo) {
+// The same with the m that is there; difference(x, m) of an accumulated x is its score less m, in powers of two. Where
+// m is too low for some row of the warp, `states` stay as they were, and redo(keep) has to do the block with
+// follow_maximum, for which it needs the scores anew. Whether it had to.
+template <bool kGeneral, int M, int N, class Difference, class Redo>
+__device__ __forceinline__ bool keep_maximum(RowStates<M, kGeneral>& states, Accumulator<M, N>& s,
+                                             Difference&& difference, Redo&& redo) {
   float sums[M][2];
   s.for_each_row([&](int m, int half) {
     const float reference = states.x[m][half].m;
@@ -111,13 +112,13 @@ __device__ __forceinline__ bool keep_maximum(RowStates<M, false>& states, Accumu
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(m, half, n, e);
-        x = exp2_approx(fmaf(x, scale_log2, -reference));
+        x = exp2_approx(difference(x, reference));
         sum += x;
       }
     sums[m][half] = sum;
   });
   const auto is_fine = [&](int m, int half) {  // NaN is not
-    return (sums[m][half] < kMaxStaleSum) & (fabsf(states.x[m][half].m) <= kLargeScore);
+    return (sums[m][half] < kMaxStaleSum) & (kGeneral || fabsf(states.x[m][half].m) <= kLargeScore);
   };
   bool fine = true;
   s.for_each_row([&](int m, int half) { fine &= is_fine(m, half); });

@@ -19,6 +19,12 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 
+// How many rows or keys of a sequence a matrix over the scores has elements for. Sequences may turn out longer than it,
+// where their lengths come from a tensor that nobody has checked.
+__device__ __forceinline__ int extent_of(int length, int64_t size) {
+  return size == 1 || length < size ? length : static_cast<int>(size);
+}
+
 // Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
 template <class Scores>
 __device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {
@@ -219,17 +225,12 @@ class ScoreTerms {
     }
   }
 
-  // Whether a matrix over the scores holds an element. Sequences may turn out longer than it, where their lengths come
-  // from a tensor that nobody has checked.
-  static __device__ __forceinline__ int limit(int length, int64_t size) {
-    return size == 1 || length < size ? length : static_cast<int>(size);
-  }
   // f(m, half, n, e, x) for every element of a matrix over the scores, as type E, that belongs to an element of `s`.
   template <class E, class Scores, class F>
   __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Scores& s, int row0, int col0,
                                                   F&& f) const {
     const E* const matrix = static_cast<const E*>(view.data) + score_offset(view, batch_, head_, row0, col0);
-    const int rows = limit(seqlen_q_, view.size_row) - row0, cols = limit(seqlen_k_, view.size_col) - col0;
+    const int rows = extent_of(seqlen_q_, view.size_row) - row0, cols = extent_of(seqlen_k_, view.size_col) - col0;
     const auto row_of = [&](int m, int half) { return matrix + s.row(m, half) * view.stride_row; };
     if (rows < Scores::kRows || cols < Scores::kCols || view.stride_col != 1) {
       s.for_each([&](int m, int half, int n, int e) {

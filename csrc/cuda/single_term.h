@@ -29,32 +29,38 @@ __device__ __forceinline__ void add_alibi(Scores& s, float scale_log2, float slo
 }
 
 // Softcap: cap tanh(scale s / cap), a series where the product is well below the cap. Which of the two an element takes
-// depends on nothing else, so that neighbours don't show in its bits; where no product of the warp needs more than the
-// series, nothing else is computed.
-template <class T, class Scores>
-__device__ __forceinline__ void cap_scores(Scores& s, const ScoreConstants& constants) {
-  const SoftcapSeries& series = constants.softcap_series;
-  const auto sum_series = [&](float x) {
-    const float square = x * x;
-    float sum = series.factors[series.kTerms - 1];
+// depends on nothing else, so that neighbours don't show in its bits.
+__device__ __forceinline__ float sum_series(const SoftcapSeries& series, float x) {
+  const float square = x * x;
+  float sum = series.factors[series.kTerms - 1];
 #pragma unroll
-    for (int i = series.kTerms - 2; i >= 0; --i) sum = fmaf(sum, square, series.factors[i]);
-    return x * sum;
-  };
+  for (int i = series.kTerms - 2; i >= 0; --i) sum = fmaf(sum, square, series.factors[i]);
+  return rounded_product(x, sum);  // the same bits wherever it is taken
+}
+
+// Whether no product of the warp needs more than the series.
+template <class Scores>
+__device__ __forceinline__ bool series_suffices(const Scores& s, const SoftcapSeries& series) {
   float largest[4] = {};  // one alone would be a long chain
   s.for_each([&](int m, int half, int n, int e) {
     float& x = largest[2 * half + e];
     x = fmaxf(x, fabsf(s.at(m, half, n, e)));
   });
   const bool small = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])) <= series.limit;
-  if (__all_sync(0xffffffffu, small)) {
-    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) = sum_series(s.at(m, half, n, e)); });
+  return __all_sync(0xffffffffu, small);
+}
+
+template <class T, class Scores>
+__device__ __forceinline__ void cap_scores(Scores& s, const ScoreConstants& constants) {
+  const SoftcapSeries& series = constants.softcap_series;
+  if (series_suffices(s, series)) {
+    s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) = sum_series(series, s.at(m, half, n, e)); });
   } else {
     const float cap_log2 = constants.softcap * kLog2e;
     s.for_each([&](int m, int half, int n, int e) {
       float& x = s.at(m, half, n, e);
       if (fabsf(x) <= series.limit)
-        x = sum_series(x);
+        x = sum_series(series, x);
       else
         x = cap_log2 * score_tanh<T>(x * constants.scale_softcap);
     });

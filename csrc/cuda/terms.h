@@ -8,13 +8,22 @@
 namespace fae::cuda {
 
 // `any`: every term, and every scale.
-enum class Terms { none, alibi, softcap, dropout, any };
+enum class Terms { none, alibi, softcap, dropout, bias, mask, any };
+
+// Whether neighbours in a row of a matrix over the scores can be read, or written, as one word.
+FAE_INLINE bool has_pairs(const ScoreView& view, int64_t element_size) {
+  return view.stride_col == 1 && reinterpret_cast<uintptr_t>(view.data) % (2 * element_size) == 0 &&
+         (view.stride_batch | view.stride_head | view.stride_row) % 2 == 0;
+}
 
 FAE_INLINE Terms terms_of(const Problem& p) {
-  const int terms = (p.softcap != 0) + (p.alibi_slopes != nullptr) + (p.dropout_p > 0);
+  const bool has_bias = p.bias.data != nullptr, has_mask = p.mask.data != nullptr;
+  const int terms = (p.softcap != 0) + (p.alibi_slopes != nullptr) + (p.dropout_p > 0) + has_bias + has_mask;
   if (p.plain_scores()) return Terms::none;
-  if (!(static_cast<float>(p.softmax_scale) > 0) || p.bias.data || p.mask.data || terms != 1) return Terms::any;
+  if (!(static_cast<float>(p.softmax_scale) > 0) || terms != 1) return Terms::any;
   if (p.alibi_slopes) return Terms::alibi;
+  if (has_bias) return p.bias.dtype == p.dtype && has_pairs(p.bias, 2) ? Terms::bias : Terms::any;
+  if (has_mask) return has_pairs(p.mask, 1) ? Terms::mask : Terms::any;
   if (p.dropout_p > 0) return p.dropout_p < 1 ? Terms::dropout : Terms::any;
   return SoftcapSeries::holds(p) ? Terms::softcap : Terms::any;
 }
@@ -31,6 +40,10 @@ auto with_terms(const Problem& p, F&& f) {
       return f(std::integral_constant<Terms, Terms::softcap>{});
     case Terms::dropout:
       return f(std::integral_constant<Terms, Terms::dropout>{});
+    case Terms::bias:
+      return f(std::integral_constant<Terms, Terms::bias>{});
+    case Terms::mask:
+      return f(std::integral_constant<Terms, Terms::mask>{});
     case Terms::any:
       break;
   }

@@ -166,7 +166,8 @@ class ForwardTask {
       if (!blocks_.is_full(key / Config::kKeys)) cuda::mask_band(s, band_, row, key);
       follow(cuda::RowFlags<M>());
     } else {
-      cuda::keep_maximum(states_, s, scale_log2, [&](const auto& keep) {
+      const auto difference = [&](float x, float reference) { return fmaf(x, scale_log2, -reference); };
+      cuda::keep_maximum(states_, s, difference, [&](const auto& keep) {
         compute_scores();
         follow(keep);
       });

@@ -7,6 +7,7 @@
 #include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
+#include "score_pairs.h"
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
@@ -40,6 +41,7 @@ class BackwardComputer {
   // What products bring with them.
   static constexpr bool kFoldsLse = kTerms != Terms::softcap && kTerms != Terms::any;
   static constexpr bool kFoldsDelta = kTerms != Terms::any;
+  static constexpr bool kHasPairs = kTerms == Terms::bias || kTerms == Terms::mask;
   static constexpr bool kPacksEarly = kTerms == Terms::softcap || kTerms == Terms::any;  // P
 
  public:
@@ -82,6 +84,8 @@ class BackwardComputer {
     Fragments p, ds;
     take_fragments(p, ds);
     store_ds(ds);
+    if (kTerms == Terms::bias && call_.direct_dbias)
+      write_dbias(call_, memory_, step_, warpgroup_ * kWarpgroupRows + warp_row_, ds);
     if constexpr (!kFirst) start_dq(step_ - 1);
     fence_registers(p);
     fence_registers(ds);
@@ -144,11 +148,13 @@ class BackwardComputer {
   // P while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
     if constexpr (kTerms == Terms::any) return finish_general_scores();
+    if constexpr (kHasPairs) load_pairs();
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     const Step step = read_struct<Step>(memory_.step(step_));
     const bool is_edge = step.is_edge(warpgroup_);
     if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
+    if constexpr (kHasPairs) apply_pairs();
     if (is_edge || kTerms == Terms::alibi || kTerms == Terms::dropout) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
@@ -161,14 +167,32 @@ class BackwardComputer {
         mark_dropped(scores_, cuda::ScoreTerms<T>(p_, call_.constants, keys.batch, step.head, keys.band), row, key);
       }
     }
-    if constexpr (kTerms == Terms::none) exponentiate(scores_, scale_log2_);
-    if constexpr (kTerms == Terms::alibi) exponentiate(scores_, 1.0f);
+    if constexpr (kTerms == Terms::none || kTerms == Terms::mask) exponentiate(scores_, scale_log2_);
+    if constexpr (kTerms == Terms::alibi || kTerms == Terms::bias) exponentiate(scores_, 1.0f);
     if constexpr (kTerms == Terms::softcap) exponentiate_capped(scores_);
     // A wait here keeps the compiler from moving the one for the products before the exponentials.
     fence_registers(scores_.transpose.x[0]);
     wait(memory_.ds_empty(stage()), parity() ^ 1);
     wait_products<0>();
     fence_registers(dprob_.transpose.x[0]);
+  }
+
+  // Bias or mask of the step, while S is computed.
+  __device__ __forceinline__ void load_pairs() {
+    const Step step = read_struct<Step>(memory_.step(step_));
+    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+    pairs_.load(kTerms == Terms::bias ? p_.bias : p_.mask, keys.batch, step.head, keys.band, step.row_begin,
+                keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
+  }
+  __device__ __forceinline__ void apply_pairs() {
+    pairs_.transpose();
+    scores_.for_each([&](int m, int half, int n, int e) {
+      float& x = scores_.at(m, half, n, e);
+      if constexpr (kTerms == Terms::bias)
+        x = fmaf(x, scale_log2_, cuda::as_float(pairs_.at(m, half, e)) * cuda::kLog2e);
+      else if (pairs_.at(m, half, e) == 0)
+        x = minus_infinity<float>();
+    });
   }
 
   // P, which leaves at once, of capped scores; what dS needs of it takes their place.
@@ -388,6 +412,7 @@ class BackwardComputer {
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
   Fragments p_fragments_, ds_fragments_;
+  TransposedScorePairs<std::conditional_t<kTerms == Terms::mask, uint8_t, T>, Config::kRows / 8> pairs_;
   QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
@@ -509,7 +534,7 @@ constexpr double kSmallestScale = 1e-30;
 template <class F>
 auto with_kernel_terms(const BackwardProblem& p, F&& f) {
   using Any = std::integral_constant<Terms, Terms::any>;
-  if (p.softmax_scale < kSmallestScale) return f(Any{});
+  if (p.softmax_scale < kSmallestScale || (p.dbias.data && !cuda::has_pairs(p.dbias, 2))) return f(Any{});
   return cuda::with_terms(p, [&](auto terms) {
     if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide && terms() != Terms::none)
       return f(Any{});

@@ -99,6 +99,10 @@ struct BackwardConfig<128, Terms::softcap> : BackwardTile<64, 128> {};
 template <>
 struct BackwardConfig<128, Terms::dropout> : BackwardTile<64, 128> {};
 template <>
+struct BackwardConfig<128, Terms::bias> : BackwardTile<64, 128> {};
+template <>
+struct BackwardConfig<128, Terms::mask> : BackwardTile<64, 128> {};
+template <>
 struct BackwardConfig<128, Terms::any> : BackwardTile<64, 128> {};
 template <Terms kTerms>
 struct BackwardConfig<192, kTerms> : WideBackwardTile<192> {};

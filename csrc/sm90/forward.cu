@@ -3,6 +3,7 @@
 #include "../cuda/single_term.h"
 #include "forward_movers.h"
 #include "kernels.h"
+#include "score_pairs.h"
 
 // Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
 // rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the
@@ -14,7 +15,8 @@ namespace {
 // A warpgroup that computes.
 template <class T, class Config, Terms kTerms>
 class Computer {
-  static constexpr bool kGeneral = kTerms == Terms::any;
+  static constexpr bool kGeneral = kTerms == Terms::any, kHasPairs = kTerms == Terms::bias || kTerms == Terms::mask;
+  static constexpr bool kNatural = kGeneral || kTerms == Terms::bias;  // units of scores; otherwise powers of two
   // Warpgroups start their products in turn, so that one computes scores while the other multiplies: by themselves they
   // fall into step, and do neither beside the other. The first product of a tile goes beside the end of the one before.
   // Both were measured to help at this head dim alone.
@@ -169,6 +171,7 @@ class Computer {
 
   // P = exp(S - m) of the first block.
   __device__ __forceinline__ void first_step(int block, bool edge) {
+    load_pairs(block);
     finish_scores(block, edge);
     follow();
     drop(block);
@@ -185,22 +188,19 @@ class Computer {
     v_.wait_full();
     start_pv();
     pass_turn();
+    load_pairs(block);
     wait_products<1>();
     fence_registers(scores_.x[0]);
 
     cuda::RowFactors<1> factors;
     bool moved = true;
-    if constexpr (!kKeeps) release(k_);
-    finish_scores(block, kEdge);
-    if constexpr (!kKeeps) {
-      factors = follow();
-    } else {
-      moved = cuda::keep_maximum(states_, scores_, exponent_scale(), [&](const auto& keep) {
-        multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-        finish_scores(block, false);
-        factors = follow(keep);
-      });
+    if constexpr (kKeeps) {
+      moved = keep(block, factors);
       release(k_);
+    } else {
+      release(k_);
+      finish_scores(block, kEdge);
+      factors = follow();
     }
     drop(block);
 
@@ -210,6 +210,27 @@ class Computer {
     release(v_);
     pack_p();
     if (kKeeps ? moved : factors.any_moved()) cuda::rescale(output_, factors);
+  }
+
+  // P with the m that is there, or, where it is too low, with one that has moved: by `factors`. Whether it has.
+  __device__ __forceinline__ bool keep(int block, cuda::RowFactors<1>& factors) {
+    const auto redo = [&](const auto& rows) {
+      multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
+      load_pairs(block);
+      finish_scores(block, false);
+      factors = follow(rows);
+    };
+    if constexpr (kTerms == Terms::softcap) {
+      // The series goes beside the exponentials, which wait for another unit.
+      const cuda::SoftcapSeries& series = call_.constants.softcap_series;
+      if (cuda::series_suffices(scores_, series))
+        return cuda::keep_maximum(
+            states_, scores_, [&](float x, float m) { return cuda::sum_series(series, x) - m; }, redo);
+    }
+    finish_scores(block, false);
+    const float scale = exponent_scale();
+    const auto difference = [&](float x, float m) { return kNatural ? (x - m) * cuda::kLog2e : fmaf(x, scale, -m); };
+    return cuda::keep_maximum(states_, scores_, difference, redo);
   }
 
   // O += P V of the last block.
@@ -236,9 +257,26 @@ class Computer {
     return {p_, call_.constants, tile.batch, tile.head, tile.band};
   }
 
+  // Bias or mask of a block, for when its scores are there.
+  __device__ __forceinline__ void load_pairs(int block) {
+    if constexpr (kHasPairs) {
+      const Work tile = work();
+      pairs_.load(kTerms == Terms::bias ? p_.bias : p_.mask, tile.batch, tile.head, tile.band,
+                  row_begin(tile) + warp_row_, block * Config::kKeys);
+    }
+  }
   // Products become scores, but for a scale that the exponential brings.
   __device__ __forceinline__ void finish_scores(int block, bool edge) {
     if (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
+    if constexpr (kTerms == Terms::bias)
+      scores_.for_each([&](int m, int half, int n, int e) {
+        float& x = scores_.at(m, half, n, e);
+        x = fmaf(x, call_.constants.scale, cuda::as_float(pairs_.at(half, n, e)));
+      });
+    if constexpr (kTerms == Terms::mask)
+      scores_.for_each([&](int m, int half, int n, int e) {
+        if (pairs_.at(half, n, e) == 0) scores_.at(m, half, n, e) = minus_infinity<float>();
+      });
     if (kTerms != Terms::any && kTerms != Terms::alibi && !edge) return;
     const Work tile = work();
     const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
@@ -248,10 +286,10 @@ class Computer {
     if (edge) cuda::mask_sides(scores_, tile.band, row, key);
   }
   __device__ __forceinline__ float exponent_scale() const {
-    return kTerms == Terms::none || kTerms == Terms::dropout ? scale_log2_ : 1.0f;
+    return kTerms == Terms::none || kTerms == Terms::dropout || kTerms == Terms::mask ? scale_log2_ : 1.0f;
   }
   __device__ __forceinline__ cuda::RowFactors<1> follow(const cuda::RowFlags<1>& keep = {}) {
-    return cuda::follow_maximum<kGeneral>(states_, scores_, exponent_scale(), keep);
+    return cuda::follow_maximum<kNatural>(states_, scores_, exponent_scale(), keep);
   }
 
   // What dropout takes from P counts in l.
@@ -352,10 +390,11 @@ class Computer {
   float slope_log2_ = 0;  // of ALiBi, for the tile's head
   unsigned tile_ = 0;
   uint32_t turn_ = 0;  // parity of the turns that this warpgroup has had
-  cuda::RowStates<1, kGeneral> states_;
+  cuda::RowStates<1, kNatural> states_;
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;
   uint32_t p_fragments_[kSteps][4];
+  ScorePairs<std::conditional_t<kTerms == Terms::mask, uint8_t, T>, N> pairs_;
 };
 
 template <class T, class Config, Terms kTerms>
