@@ -351,13 +351,15 @@ def _worst_rounding(case: Case, inputs: Inputs, oracle: Result) -> dict[str, flo
     A rounding changes a number by at most u times itself, and a sum of n terms, added up in any order, by n u times the
     sum of their magnitudes: N. Higham, Accuracy and Stability of Numerical Algorithms, sections 2.2 and 4.2. This takes
     the steps of a kernel with each number replaced by its magnitude and carries such errors along. A few roundings that
-    a step has besides its sum are counted as `spare`, an exponential as 3.
+    a step has besides its sum are counted as `spare`, an exponential as 3. Below the smallest normal number, of which
+    float16 has a large one, a rounding changes a number by u times that (section 2.2, equation 2.8).
     """
     spare = 8
     u = torch.finfo(case.stats_dtype).eps / 2
     two_bytes = case.dtype in (torch.bfloat16, torch.float16)
     stored = torch.finfo(case.dtype).eps / 2
     narrowed = stored if two_bytes else 0.0  # a matrix unit takes probabilities and their gradients in the dtype of q
+    underflow = narrowed * torch.finfo(case.dtype).smallest_normal
     exp = 3 * u + (EXP_ERROR if two_bytes else 0.0)
     given = {name: case._clean(t, torch.float64) for name, t in inputs.items()}
     batch, rows, cols = case.sizes
@@ -406,7 +408,7 @@ def _worst_rounding(case: Case, inputs: Inputs, oracle: Result) -> dict[str, flo
     p_error = torch.expm1(score_error + spare * u * (products + terms + statistic) + exp) + narrowed
     sum_error = (cols + spare) * u + (cols / 32 + 1) * (spare * u * statistic + exp)
     lse_error = (p * p_error).sum(-1, keepdim=True) + sum_error + spare * u * statistic
-    out_error = (p * kept * (p_error + sum_error)) @ v + out * (lse_error + stored)
+    out_error = (p * kept * (p_error + sum_error) + underflow) @ v + out * (lse_error + stored) + underflow
 
     # Backward, which takes P = exp(score - lse) and delta = rowsum(dout out) - dlse.
     p_error = p_error + lse_error
@@ -414,6 +416,7 @@ def _worst_rounding(case: Case, inputs: Inputs, oracle: Result) -> dict[str, flo
     delta = (dout * out).sum(-1, keepdim=True) + dlse
     delta_error = (dout * out_error).sum(-1, keepdim=True) + (v.shape[-1] + spare) * u * delta
     ds_error = ds * (p_error + narrowed) + p * ((v.shape[-1] + spare) * u * dp + delta_error + spare * u * delta)
+    ds_error = ds_error + underflow
     if case.softcap:  # times 1 - tanh^2
         ds_error = ds_error + ds * 2 * (score_error / case.softcap + spare * u)
 
@@ -428,7 +431,7 @@ def _worst_rounding(case: Case, inputs: Inputs, oracle: Result) -> dict[str, flo
         "lse": lse_error,
         "dq": scale * added(ds_error, ds, cols) @ k,
         "dk": over_group(scale * added(ds_error, ds, rows * group).transpose(-1, -2) @ q),
-        "dv": over_group(added(p * kept * p_error, p * kept, rows * group).transpose(-1, -2) @ dout),
+        "dv": over_group(added(p * kept * p_error + underflow, p * kept, rows * group).transpose(-1, -2) @ dout),
     }
     if inputs["bias"] is not None:
         shape = inputs["bias"].shape
@@ -440,7 +443,8 @@ def _worst_rounding(case: Case, inputs: Inputs, oracle: Result) -> dict[str, flo
         errors["dsinks"] = added(terms * sink_error + p_sink * delta_error, terms, batch * rows).sum((0, 2, 3))
     worst = {}
     for name, expected in oracle.items():
-        rounding = torch.finfo(_dtype_of(case, inputs, name)).eps / 2 * expected.abs().where(expected.isfinite(), 0.0)
+        info = torch.finfo(_dtype_of(case, inputs, name))
+        rounding = info.eps / 2 * (expected.abs().where(expected.isfinite(), 0.0) + info.smallest_normal)
         worst[name] = sum(t.max().item() if t.numel() else 0.0 for t in (errors[name], rounding))
         # In float64 the oracle rounds as much as what it judges.
         worst[name] *= 2 if case.dtype == torch.float64 else 1

@@ -127,8 +127,8 @@ def test_main_loops_do_not_spill() -> None:
             plain[kernel[1]] += 1
             assert min(spills) == 0, name
             most = MOST_SPILLS_OF_PLAIN[kernel[1]]
-        elif terms := re.search(small + r"\(fae::cuda::Terms\)([1-4])>", name):
-            general = terms[2] == "4"
+        elif terms := re.search(small + r"\(fae::cuda::Terms\)([1-6])>", name):
+            general = terms[2] == "6"
             backward = "backward_kernel" in name
             most = MOST_SPILLS_OF_ONE_TERM if not general else 0 if backward else MOST_SPILLS
         else:
