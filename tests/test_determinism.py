@@ -87,17 +87,27 @@ def test_batch_invariance(device: str, dtype: torch.dtype, case: Case, request: 
 
 
 @pytest.mark.parametrize("window_right", [None, 0])
-@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (128, 0.0), (128, 3.0)])
+@pytest.mark.parametrize(
+    ("head_dim", "term"),
+    [
+        (64, {}),
+        (128, {}),
+        (128, {"softcap": 3.0}),
+        (64, {"bias": "11qk", "bias_values": "jumps"}),
+        (128, {"mask": "11qk"}),
+    ],
+    ids=str,
+)
 def test_packing_invariance(
     device: str,
     dtype: torch.dtype,
     head_dim: int,
-    softcap: float,
+    term: dict[str, object],
     window_right: int | None,
     request: pytest.FixtureRequest,
 ) -> None:
     """A sequence has the same bits alone as packed between others, whose scores come nearer to a softcap, too."""
-    lengths = (33, 520, 190)
+    lengths = (34, 520, 190)
     case = Case(
         lengths_q=lengths,
         lengths_k=lengths,
@@ -105,8 +115,9 @@ def test_packing_invariance(
         heads_kv=2,
         head_dim=head_dim,
         window_right=window_right,
-        softcap=softcap,
+        bias_grad=False,
         dtype=dtype,
+        **term,
     )
     inputs = case.make(device)
     packed = case.run_ours(inputs)
@@ -115,6 +126,7 @@ def test_packing_invariance(
         rows = slice(start, start + length)
         one = {name: inputs[name][rows].unsqueeze(0) for name in ("q", "k", "v", "dout")}
         one["dlse"] = inputs["dlse"][:, rows].unsqueeze(0)
+        one |= {name: inputs[name][..., :length, :length] for name in ("bias", "mask") if inputs[name] is not None}
         alone_case = case.but(lengths_q=None, lengths_k=None, batch=1, seqlen_q=length, seqlen_k=length)
         alone = alone_case.run_ours(dict.fromkeys(inputs) | one)
         for name in names_that_keep_their_bits(request):

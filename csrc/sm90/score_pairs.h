@@ -68,8 +68,8 @@ class ScorePairs {
     const auto load_all = [&](auto whole) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        reader.template read<whole(), N>(8 * half + lane / 4, lane % 4 * 2,
-                                         [&](int n) -> auto& { return words_[half][n]; });
+        reader.template read<decltype(whole)::value, N>(8 * half + lane / 4, lane % 4 * 2,
+                                                        [&](int n) -> auto& { return words_[half][n]; });
     };
     if (reader.has_columns(8 * N))
       load_all(std::true_type{});
@@ -100,7 +100,8 @@ class TransposedScorePairs {
     const auto load_all = [&](auto whole) {
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        reader.template read<whole(), 2>(8 * m + lane / 4, lane % 4 * 2, [&](int n) -> auto& { return words_[m][n]; });
+        reader.template read<decltype(whole)::value, 2>(8 * m + lane / 4, lane % 4 * 2,
+                                                        [&](int n) -> auto& { return words_[m][n]; });
     };
     if (reader.has_columns(16))
       load_all(std::true_type{});
