@@ -111,8 +111,7 @@ struct LargeBackwardConfig<float, 192> : BackwardTile<32, 64, 192, 8, 1, false, 
 template <>
 struct LargeBackwardConfig<float, 256> : BackwardTile<32, 32, 256, 8, 1, false, 2, 2, 2, 2> {};
 
-// Score terms and unaligned tensors need registers of their own: more warps share a block. These are also the blocks of
-// the gradient of a bias that broadcasts.
+// Score terms and unaligned tensors need registers of their own: more warps share a block.
 template <class T, int kHeadDim>
 struct GeneralBackwardConfig : BackwardConfig<T, kHeadDim> {};
 template <class T>
@@ -134,5 +133,27 @@ template <>
 struct LargeGeneralBackwardConfig<float, 64> : LargeBackwardConfig<float, 64> {};
 template <>
 struct LargeGeneralBackwardConfig<float, 128> : LargeBackwardConfig<float, 128> {};
+
+// Gradient of a bias that broadcasts: blocks of scores, for which operands come anew every time, the larger the less of
+// them per score. Up to 128 columns, S, dP and the sums of 32 keys x 32 rows per warp fit the registers of 12 warps,
+// and two thread blocks of 6 the 164 KB of 8.0; the others are for 99 KB.
+template <class T, int kHeadDim>
+struct BiasGradientConfig : GeneralBackwardConfig<T, kHeadDim> {};
+template <class T>
+struct BiasGradientConfig<T, 64> : BackwardTile<64, 96, 64, 6, 1, false, 3, 2, 3, 2> {};
+template <class T>
+struct BiasGradientConfig<T, 128> : BackwardTile<64, 96, 128, 6, 1, false, 3, 2, 3, 2> {};
+template <class T>
+struct BiasGradientConfig<T, 192> : BackwardTile<64, 64, 192, 8, 1, false, 4, 2, 2, 2> {};
+template <class T>
+struct BiasGradientConfig<T, 256> : BackwardTile<32, 64, 256, 8, 1, false, 4, 2, 2, 2> {};
+template <>
+struct BiasGradientConfig<float, 64> : GeneralBackwardConfig<float, 64> {};
+template <>
+struct BiasGradientConfig<float, 128> : GeneralBackwardConfig<float, 128> {};
+template <>
+struct BiasGradientConfig<float, 192> : GeneralBackwardConfig<float, 192> {};
+template <>
+struct BiasGradientConfig<float, 256> : GeneralBackwardConfig<float, 256> {};
 
 }  // namespace fae::sm80

@@ -59,6 +59,9 @@ class Recompute {
 
   __device__ Recompute(const BackwardProblem& p, int batch, int head, const cuda::DeviceBand& band, Precision precision)
       : p_(p), band_(band), terms_(p, batch, head, band), precision_(precision) {}
+  __device__ Recompute(const BackwardProblem& p, const cuda::ScoreConstants& constants, int batch, int head,
+                       const cuda::DeviceBand& band, Precision precision)
+      : p_(p), band_(band), terms_(p, constants, batch, head, band), precision_(precision) {}
 
   // Of the warp's part of the rows from sub_row on of the block whose first row and key are given: P after dropout, as
   // dV needs it, and dS, the gradient of scale * q.k. on_bias_gradient(m, half, n, e, x) gets the gradient of what is
@@ -68,39 +71,65 @@ class Recompute {
                                              Scores& prob, Scores& ds, F&& on_bias_gradient) const {
     const Warps warp;
     const int tile_row = sub_row + warp.col, row = first_row + tile_row, key = first_key + warp.row;
-    multiply_keys(operands.k, operands.q, warp, tile_row, prob);
-    multiply_keys(operands.v, operands.dout, warp, tile_row, ds);
-
-    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
+    multiply_keys(operands.k, operands.q, tile_row, prob);
+    multiply_keys(operands.v, operands.dout, tile_row, ds);
     [[maybe_unused]] Scores cap_gradient;
-    if constexpr (kGeneral) {
-      cap_gradient.fill(1);
-      terms_.apply(prob, row, key, [&](int m, int half, int n, int e, float x) { cap_gradient.at(m, half, n, e) = x; });
-    }
-    const auto every = band_.every(row, min(row + Warps::N * 8, band_.seqlen_q));
-    if (every.begin > key || every.end < key + Warps::M * 16) cuda::mask_band(prob, band_, row, key);
+    if constexpr (kGeneral) cap_gradient.fill(1);
+    apply_terms(prob, row, key, [&](int m, int half, int n, int e, float x) { cap_gradient.at(m, half, n, e) = x; });
+    differentiate(operands.statistics, tile_row, row, key, prob, ds, [&](int m, int half, int n, int e) {
+      if constexpr (kGeneral) {
+        float& dx = ds.at(m, half, n, e);
+        on_bias_gradient(m, half, n, e, dx);
+        dx *= cap_gradient.at(m, half, n, e);
+      }
+    });
+  }
 
+  // The steps of that, for kernels with something to do between them, the last two for any 16 or more of the warp's
+  // rows. `tile_row`: the first one in the block; `row`, `key`: the first ones in the sequence.
+
+  // c^T = keys rows^T
+  __device__ __forceinline__ void multiply_keys(const typename Operands::Keys& keys,
+                                                const typename Operands::Rows& rows, int tile_row, Scores& c) const {
+    c.fill(0);
+    const StraightOperand<typename Operands::Keys, Side::left> left(keys, Warps().row);
+    multiply<Config::kDim / kStepDepth<T>>(
+        c.transpose, [&](int m, int k) { return left.left(m, k); },
+        StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
+  }
+
+  // Products become scores, -inf where they are hidden. on_cap_gradient: see ScoreTerms::apply.
+  template <class Part, class F>
+  __device__ __forceinline__ void apply_terms(Part& s, int row, int key, F&& on_cap_gradient) const {
+    if constexpr (kGeneral) terms_.apply(s, row, key, on_cap_gradient);
+    const auto every = band_.every(row, min(row + Part::kRows, band_.seqlen_q));
+    if (every.begin > key || every.end < key + Part::kCols) cuda::mask_band(s, band_, row, key);
+  }
+
+  // From scores and dP to P after dropout and the gradient of the scores; on_gradient(m, half, n, e) when both are
+  // there.
+  template <class Part, class F>
+  __device__ __forceinline__ void differentiate(uint32_t statistics, int tile_row, int row, int key, Part& prob,
+                                                Part& ds, F&& on_gradient) const {
+    const float scale_log2 = static_cast<float>(p_.softmax_scale) * cuda::kLog2e;
     const auto finish = [&](int m, int half, int n, int e, float kept, float delta) {
       float &x = prob.at(m, half, n, e), &dx = ds.at(m, half, n, e);
       dx = x * (dx * kept - delta);
       x *= kept;
-      if constexpr (kGeneral) {
-        on_bias_gradient(m, half, n, e, dx);
-        dx *= cap_gradient.at(m, half, n, e);
-      }
+      on_gradient(m, half, n, e);
     };
     const bool drops = kGeneral && p_.dropout_p > 0;
-    float deltas[Warps::N][2];
+    float deltas[Part::kRowPieces][2];
 #pragma unroll
-    for (int m = 0; m < Warps::N; ++m) {
-      const uint4 of_rows = load_shared_16_bytes(operands.statistics + (tile_row + prob.row(m, 0)) * 8);
+    for (int m = 0; m < Part::kRowPieces; ++m) {
+      const uint4 of_rows = load_shared_16_bytes(statistics + (tile_row + prob.row(m, 0)) * 8);
       const float lses[2] = {__uint_as_float(of_rows.x), __uint_as_float(of_rows.z)};
       deltas[m][0] = __uint_as_float(of_rows.y), deltas[m][1] = __uint_as_float(of_rows.w);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float lse = finite_max(lses[half]);
 #pragma unroll
-        for (int n = 0; n < Warps::M; ++n)
+        for (int n = 0; n < Part::kColPieces; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is
@@ -121,17 +150,6 @@ class Recompute {
   }
 
  private:
-  // c^T = keys rows^T
-  __device__ __forceinline__ void multiply_keys(const typename Operands::Keys& keys,
-                                                const typename Operands::Rows& rows, const Warps& warp, int tile_row,
-                                                Scores& c) const {
-    c.fill(0);
-    const StraightOperand<typename Operands::Keys, Side::left> left(keys, warp.row);
-    multiply<Config::kDim / kStepDepth<T>>(
-        c.transpose, [&](int m, int k) { return left.left(m, k); },
-        StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
-  }
-
   const BackwardProblem& p_;
   const cuda::DeviceBand& band_;
   const cuda::ScoreTerms<T> terms_;
