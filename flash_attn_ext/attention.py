@@ -270,7 +270,8 @@ def attend(
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
     try:
-        scale, state, sink_logits = softmax_scale, rng_state, sinks
+        state, sink_logits = rng_state, sinks
+        scale, softcap, dropout_p = (read_number(x) for x in (softmax_scale, softcap, dropout_p))
         q, k, v, bias = autocast(q, k, v, bias)
         if scale is None:
             scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
@@ -305,6 +306,14 @@ def attend(
     if unmet:
         raise InputError(function, unmet)
     return result
+
+
+def read_number(x: Any) -> Any:
+    """What a tensor of no dimensions holds, where a graph is being made: the ops have numbers, which graphs keep."""
+    if not (isinstance(x, Tensor) and torch.compiler.is_dynamo_compiling()):
+        return x
+    torch._dynamo.graph_break(msg="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it")
+    return float(x)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -59,6 +59,8 @@ class InputError(ValueError, TypeError):
     def __init__(self, function: str, constraints: Sequence[str]) -> None:
         self.function = function
         self.constraints = tuple(constraints)
+        if torch.compiler.is_dynamo_compiling():  # in whole graphs, the only message that reaches the caller
+            torch._dynamo.graph_break(msg="; ".join(constraints))
         count = "1 constraint is" if len(self.constraints) == 1 else f"{len(self.constraints)} constraints are"
         super().__init__("\n".join([f"{_PREFIX}{function}: {count} not met", *(_BULLET + c for c in self.constraints)]))
 

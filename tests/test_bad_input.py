@@ -574,11 +574,17 @@ def test_other_errors_pass_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         attention(**dense(dropout_p=0.5))
 
 
-def test_compiled_calls_list_constraints_too() -> None:
-    """The op's own error, because a compiled graph calls the op: a RuntimeError."""
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"softcap": -1.0}, "- softcap must be finite and at least 0 (0: none), got -1"),  # of the op, in the graph
+        ({"window_size": (-4, 0)}, " window_size must be two integers (left, right), each -1 (no limit) or at least 0"),
+    ],
+    ids=str,
+)
+def test_compiled_calls_list_constraints_too(wrong: dict[str, Any], line: str, fullgraph: bool) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(attention, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=re.escape("- softcap must be finite and at least 0 (0: none), got -1")):
-        compiled(**dense(softcap=-1.0))
-    with pytest.raises(Exception, match="window_size must be two integers"):
-        compiled(**dense(window_size=(-4, 0)))
+    compiled = torch.compile(attention, fullgraph=fullgraph, backend="eager")
+    with pytest.raises(Exception, match=re.escape(line)):
+        compiled(**dense(**wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -167,6 +168,8 @@ def test_generation_on_a_gpu(name: str, cache: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     inputs = {key: x.cuda() for key, x in prompt(name).items()}
     options: dict[str, Any] = {"cache_implementation": cache}
+    if cache == "offloaded" and "prefetch_stream.wait_stream" not in inspect.getsource(transformers.Cache.update):
+        pytest.skip("this transformers loads keys while it still stores them: what they are is chance")
     if cache == "offloaded_static":
         if name == "mistral":
             pytest.skip("all layers have a window, and transformers finds none to load, with eager attention either")
