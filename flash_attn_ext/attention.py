@@ -238,7 +238,15 @@ def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[
     return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
 
 
-def attend(
+def attend(function: str, q: Tensor, k: Tensor, v: Tensor, unmet: Sequence[str] = (), **options: Any) -> Any:
+    """What every public attention function ends in: `_attend`, outside of graphs where they lack a number."""
+    numbers = (options.get(name) for name in ("softmax_scale", "softcap", "dropout_p"))
+    if torch.compiler.is_dynamo_compiling() and any(isinstance(x, Tensor) for x in numbers):
+        return _attend_outside_graphs(function, q, k, v, unmet, **options)
+    return _attend(function, q, k, v, unmet, **options)
+
+
+def _attend(
     function: str,
     q: Tensor,
     k: Tensor,
@@ -263,15 +271,14 @@ def attend(
     deterministic: bool = True,
     call: Callable[..., Any] = _run_attention,
 ) -> Any:
-    """What every public attention function ends in: (out, lse), or an InputError of `function`.
+    """(out, lse), or an InputError of `function`.
 
     Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
     try:
-        state, sink_logits = rng_state, sinks
-        scale, softcap, dropout_p = (read_number(x) for x in (softmax_scale, softcap, dropout_p))
+        scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
         if scale is None:
             scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
@@ -308,12 +315,9 @@ def attend(
     return result
 
 
-def read_number(x: Any) -> Any:
-    """What a tensor of no dimensions holds, where a graph is being made: the ops have numbers, which graphs keep."""
-    if not (isinstance(x, Tensor) and torch.compiler.is_dynamo_compiling()):
-        return x
-    torch._dynamo.graph_break(msg="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it")
-    return float(x)
+_attend_outside_graphs = torch.compiler.disable(
+    _attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
+)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
