@@ -75,6 +75,11 @@ def uninstall() -> None:
     _forget_availability()
 
 
+def active() -> tuple[str, ...]:
+    """The modules that are ours for who imports them at present; none, unless installed."""
+    return tuple(_MODULES) if _finder in sys.meta_path else ()
+
+
 def stats() -> Stats:
     """Calls of the attention functions since the last `install`. None goes back: what cannot be taken raises."""
     return counts.stats(_PACKAGE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
-import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -26,11 +25,6 @@ def installed() -> Iterator[None]:
     shim.install()
     yield
     shim.uninstall()
-
-
-def test_nothing_happens_on_import() -> None:
-    code = "import flash_attn_ext, flash_attn_ext.shim, importlib.util as u; assert u.find_spec('flash_attn') is None"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.usefixtures("installed")

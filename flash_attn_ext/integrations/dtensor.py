@@ -17,7 +17,7 @@ from ..ops import OPTIONAL_TENSORS, ops
 
 _NUMBERS = 8  # numeric arguments of the op forward, after the tensors
 
-registered = False
+_registered = False
 # Placements of the outputs, and of the arguments (None: not a tensor).
 Sharding = tuple[list[Any], list[Any]]
 
@@ -31,8 +31,13 @@ def register() -> None:
     register_sharding(ops.backward.default)(_backward)
     register_sharding([ops.merge.default, ops.merge_backward.default])(_merge)
     register_sharding([ops.softmax.default, ops.softmax_backward.default])(_softmax)
-    global registered
-    registered = True
+    global _registered
+    _registered = True
+
+
+def active() -> tuple[str, ...]:
+    """What DTensor has been told; nothing before `register`."""
+    return ("how DTensor shards the ops flash_attn_ext::*",) if _registered else ()
 
 
 def _forward(q: Any, k: Any, v: Any, *options: Any) -> list[Sharding]:

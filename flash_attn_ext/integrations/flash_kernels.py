@@ -28,6 +28,7 @@ class Overrides:
     """Kernels of ours in torch's dispatcher, and torch's own for what they decline. A handle of torch's registry."""
 
     def __init__(self, key: str, kernels: dict[str, Callable[..., Any]], report: Report) -> None:
+        self.key = key
         self._library = Library("aten", "IMPL", key)
         for name, kernel in kernels.items():
             if not hasattr(torch.ops.aten, name):  # newer than this torch
@@ -81,6 +82,15 @@ def uninstall() -> None:
             torch.nn.attention.restore_flash_attention_impl()
         while _before:
             torch.nn.attention.activate_flash_attention_impl(_before.pop())
+
+
+def active() -> tuple[str, ...]:
+    """Which kernels of torch's are ours at present."""
+    found = [f"torch's flash kernels on {overrides.key}" for overrides in _installed]
+    registered = hasattr(torch.nn.attention, "restore_flash_attention_impl")
+    if registered and torch.nn.attention.current_flash_attention_impl() == IMPLEMENTATION:
+        found.append(f"torch's flash kernels on CUDA, registered as {IMPLEMENTATION!r}")
+    return tuple(found)
 
 
 def _with_fallback(name: str, kernel: Callable[..., Any], torchs: Any, key: str, report: Report) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ each such module this package's `MultiheadAttention`, `unswap` makes it torch's 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -44,6 +45,11 @@ class SwappedMultiheadAttention(MultiheadAttention):
         counts.count(_NAME, _NEEDS_WEIGHTS if need_weights else None)
         return results
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copies, which are swapped like the module that they are copies of."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _swapped.add(self)
+
     def _reset_parameters(self) -> None:
         """Torch's, which asks the same to learn which parameters there are: it is asked as torch's own module."""
         module = cast(nn.Module, self)
@@ -52,6 +58,9 @@ class SwappedMultiheadAttention(MultiheadAttention):
             module._reset_parameters()  # type: ignore[operator]
         finally:
             module.__class__ = SwappedMultiheadAttention
+
+
+_swapped: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ def swap(model: nn.Module) -> Swapped:
     for name, module in model.named_modules():
         if type(module) is nn.MultiheadAttention:
             module.__class__ = SwappedMultiheadAttention
+            _swapped.add(module)
             names.append(name)
             if id(module) not in of_layers:
                 directly.append(name)
@@ -119,6 +129,11 @@ def stats() -> Stats:
     return counts.stats(_NAME)
 
 
+def active() -> tuple[str, ...]:
+    """How many modules are swapped at present, in all models; nothing where none is."""
+    return (f"{len(_swapped)} nn.MultiheadAttention",) if _swapped else ()
+
+
 def _holds_swapped(model: nn.Module) -> bool:
     return any(type(module) is SwappedMultiheadAttention for module in model.modules())
 
@@ -129,6 +144,7 @@ def unswap(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         if type(module) is SwappedMultiheadAttention:
             cast(nn.Module, module).__class__ = nn.MultiheadAttention
+            _swapped.discard(module)
             names.append(name)
         elif hasattr(module, _TURNED_OFF):
             delattr(module, _TURNED_OFF)

@@ -81,7 +81,6 @@ def enable() -> Enabled:
     with _state.lock:
         was_enabled = _state.enabled
         if not was_enabled:
-            counts.stop(_NAME)
             counts.start(_NAME)
             flash_kernels.install(_count_kernel)
             _state.torchs = F.scaled_dot_product_attention
@@ -109,12 +108,18 @@ def disable() -> None:
         F.scaled_dot_product_attention = _state.torchs
         torch.backends.mha.set_fastpath_enabled(_state.fast_path)
         flash_kernels.uninstall()
+        counts.stop(_NAME)
         _state.enabled = False
 
 
 def stats() -> Stats:
-    """What became of the calls since the last `enable`."""
+    """What became of the calls from the last `enable` to its end."""
     return counts.stats(_NAME)
+
+
+def active() -> tuple[str, ...]:
+    """What of torch's is ours at present; nothing, unless enabled."""
+    return (f"torch.nn.functional.{_NAME}", *flash_kernels.active()) if _state.enabled else ()
 
 
 def _count_kernel(reason: str | None) -> None:
@@ -213,7 +218,7 @@ def _is_dtensor(x: Tensor) -> bool:
 
 def _dtensors_are_registered() -> bool:
     dtensor = sys.modules.get(f"{__package__}.dtensor")
-    return dtensor is not None and dtensor.registered
+    return dtensor is not None and bool(dtensor.active())
 
 
 @_while_tracing

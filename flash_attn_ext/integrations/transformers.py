@@ -75,6 +75,12 @@ def register(name: str = NAME) -> None:
     counts.start(_FUNCTION)
 
 
+def active() -> tuple[str, ...]:
+    """The names under which transformers has our attention function at present; none before `register`."""
+    functions = AttentionInterface().items()
+    return tuple(f"the attention implementation {key!r}" for key, x in functions if x is attention_function)
+
+
 def stats() -> Stats:
     """Calls of the attention function since the first `register`. None goes back: what cannot be taken raises."""
     return counts.stats(_FUNCTION)
