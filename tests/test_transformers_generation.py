@@ -17,6 +17,7 @@ from test_transformers import (
     DECODERS,
     GROUPED,
     MIXED,
+    MODELS,
     SEQLEN,
     TEXT_TO_TEXT,
     VERSION_5,
@@ -136,6 +137,34 @@ def test_padding_on_the_right(name: str) -> None:
     (expected, expected_logits), (actual, logits) = (generate(model, kind, inputs) for kind in ("zeros", fa_ext.NAME))
     assert torch.equal(actual, expected)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-5 * float(expected_logits.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi"])  # the library quantises full attention only
+def test_quantised_cache(
+    name: str, backend: str, side: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one layer, whose keys and values do not depend on attention: else a difference in rounding could take a number
+    to the next step of four or eight bits, by chance."""
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        cache = {"backend": backend, "nbits": 4, "q_group_size": 8, "residual_length": 4}
+    elif hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        cache = {"backend": backend}
+    else:
+        pytest.skip("this transformers has no fp8 cache")
+    if options and not VERSION_5:
+        pytest.skip("transformers 4 fails to reorder a quantised cache, with eager attention too")
+    model_class, arguments = MODELS[name]
+    monkeypatch.setitem(MODELS, name, (model_class, {**arguments, "num_hidden_layers": 1}))
+    options = {**options, "cache_implementation": "quantized", "cache_config": cache}
+    model = build(name)
+    assert_generates_the_same(model, prompt(name, side), **options)
+    tokens, logits = generate(model, fa_ext.NAME, prompt(name, side))
+    coarse_tokens, coarse = generate(model, fa_ext.NAME, prompt(name, side), **options)
+    assert not (torch.equal(coarse_tokens, tokens) and torch.equal(coarse, logits))  # the cache was coarse indeed
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="transformers has no Gemma 4")
