@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 needs_compiler = pytest.mark.skipif(not (CXX and CMAKE), reason="needs a C++ compiler and cmake")
 
 
@@ -94,17 +95,23 @@ def _api(programs: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("_api")
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_results_and_gradients_are_pythons(name: str, packed: bool) -> None:
+def test_results_and_gradients_are_pythons(name: str, packed: bool, place: str) -> None:
     if packed and name in ("bias and sinks", "mask and ALiBi", "used lengths"):
         pytest.skip("their shapes are those of the dense case")
-    options = OPTIONS[name]
+
+    def there(x: Any) -> Any:
+        on_gpu = isinstance(x, Tensor) and place == "cuda"
+        return x.to(place, torch.float32 if x.is_floating_point() else x.dtype) if on_gpu else x
+
+    options = {n: there(x) for n, x in OPTIONS[name].items()}
     starts: tuple[Any, Any] = (None, None)
-    tensors = [normal(2, 7, 4, 8), normal(2, 9, 2, 8, seed=1), normal(2, 9, 2, 6, seed=2)]
+    tensors = [there(x) for x in (normal(2, 7, 4, 8), normal(2, 9, 2, 8, seed=1), normal(2, 9, 2, 6, seed=2))]
     if packed:
         tensors = [x.flatten(0, 1) for x in tensors]
-        starts = tuple(torch.tensor(x, dtype=torch.int32) for x in ((0, 5, 12), (0, 9, 16)))
+        starts = tuple(torch.tensor(x, dtype=torch.int32, device=place) for x in ((0, 5, 12), (0, 9, 16)))
     results = []
     for function in (in_cpp, in_python):
         leaves = {n: x.clone().requires_grad_() for n, x in options.items() if n in ("bias", "sinks")}
@@ -166,8 +173,9 @@ def test_merge_and_softmax_are_pythons(packed: bool) -> None:
 # ---- The examples ---------------------------------------------------------------------------------------------------
 
 
-def losses_in_python(text: bytes, steps: int) -> list[float]:
+def losses_in_python(text: bytes, steps: int, device: str) -> list[float]:
     """The model of examples/cpp/train.cpp."""
+    dtype = torch.float32 if device == "cuda" else torch.float64
     width, heads, heads_kv, context, batch = 32, 4, 2, 64, 8
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     torch.manual_seed(0)
@@ -184,11 +192,11 @@ def losses_in_python(text: bytes, steps: int) -> list[float]:
     }
     p = {}
     for name, (shape, scale) in shapes.items():
-        p[name] = (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+        p[name] = (scale * torch.randn(shape, dtype=torch.float64)).to(device, dtype).requires_grad_()
     optimizer = torch.optim.Adam(p.values(), 1e-2)
     losses = []
     for _ in range(steps):
-        rows = data[torch.randint(len(data) - context, (batch, 1)) + torch.arange(context + 1)]
+        rows = data[torch.randint(len(data) - context, (batch, 1)) + torch.arange(context + 1)].to(device)
         x = p["embedding"][rows[:, :-1]] + p["position"]
         q, k, v = ((x @ p[name]).unflatten(-1, (-1, dim)) for name in ("query", "key", "value"))
         attended = attention(q, k, v, causal=True, window_size=(24, -1), sinks=p["sinks"])
@@ -201,16 +209,17 @@ def losses_in_python(text: bytes, steps: int) -> list[float]:
     return losses
 
 
+# Adam amplifies the rounding of sums in another order, a little more with every step.
 @pytest.mark.slow
 @needs_compiler
-def test_training_in_cpp_and_in_python(programs: Path) -> None:
+@pytest.mark.parametrize(("place", "tolerance"), [("cpu", 1e-9), pytest.param("cuda", 1e-3, marks=gpu)])
+def test_training_in_cpp_and_in_python(place: str, tolerance: float, programs: Path) -> None:
     text, steps = ROOT / "CONTRIBUTING.md", 60
-    lines = run(programs / "examples/train", text, steps).splitlines()
+    lines = run(programs / "examples/train", text, steps, place).splitlines()
     in_cpp = [float(line.split()[-1]) for line in lines]
-    expected = losses_in_python(text.read_bytes(), steps)
+    expected = losses_in_python(text.read_bytes(), steps, place)
     assert expected[-1] < 0.75 * expected[0]
-    # Adam amplifies the rounding of sums in another order, a little more with every step.
-    assert in_cpp == pytest.approx(expected, rel=1e-9)
+    assert in_cpp == pytest.approx(expected, rel=tolerance)
 
 
 class Exported(torch.nn.Module):
@@ -225,18 +234,19 @@ class Exported(torch.nn.Module):
 
 @pytest.mark.slow
 @needs_compiler
-def test_exported_model_runs_in_python_and_cpp(programs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_exported_model_runs_in_python_and_cpp(place: str, programs: Path, tmp_path: Path) -> None:
     """torch.export, compiled ahead of time, with sizes that it was not traced with; the program has no Python in it."""
     torch.manual_seed(0)
-    model, example = Exported().eval(), torch.randn(2, 9, 16)
+    model, example = Exported().eval().to(place), torch.randn(2, 9, 16, device=place)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
     with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         loaded = torch._inductor.aoti_load_package(package)
         for shape in ((2, 9, 16), (3, 40, 16)):
-            x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+            x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).to(place)
             expected = model(x)
             torch.testing.assert_close(loaded(x), expected)
-            found = float(run(programs / "examples/run_exported", package, *shape))
+            found = float(run(programs / "examples/run_exported", package, place, *shape))
             assert found == pytest.approx(expected.double().sum().item(), rel=1e-4, abs=1e-4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 
 from flash_attn_ext import attention, reference
@@ -87,6 +88,8 @@ def test_varlen_attn() -> None:
         out = varlen.varlen_attn(*rows, lengths, lengths, 160, 160)
         out.float().sum().backward()
         stats = sdpa.stats()
+        registered = "torch's flash kernels on CUDA, registered as 'fa_ext'" in sdpa.active()
+    assert registered == hasattr(torch.nn.attention, "restore_flash_attention_impl")
     assert (stats.kernels, stats.returned) == (2, {})
     assert (out.double() - expected).abs().max() <= reference.error_bound(expected, low, torch.bfloat16, 3.0)
     assert torch.nn.attention.current_flash_attention_impl() is None
@@ -99,6 +102,7 @@ def test_max_autotune_with_graphs() -> None:
         return attention(q * 2, k, v, causal=True).sin()
 
     compiled = torch.compile(call, mode="max-autotune", fullgraph=True)
+    counters.clear()
     for _ in range(4):
         q, k, v = (x.transpose(1, 2) for x in qkv())
         leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
@@ -109,6 +113,8 @@ def test_max_autotune_with_graphs() -> None:
         exact = [expected.detach(), *torch.autograd.grad(expected.float().sum(), leaves)]
         for ours, other in zip(own, exact, strict=True):
             torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-2)
+    assert counters["stats"]["unique_graphs"] > 0  # it was compiled, while the counters counted
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_second_derivatives() -> None:
