@@ -341,6 +341,19 @@ def tried(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def examples(results: Path) -> str:
+    """What examples/record.py found: figures of each example, with torch's attention and with ours."""
+    blocks = []
+    for environment, records, _ in load(results, "examples"):
+        rows = []
+        for record in records:
+            for figure, values in record["figures"].items():
+                form = ".1f" if figure.endswith("%") else ".4f"
+                rows.append([record["example"], figure, *(cell(value, form) for value in values)])
+        blocks.append(f"{heading(environment)}\n\n{table(['example', 'figure', 'torch', TITLES[OURS]], rows)}")
+    return "\n\n".join(blocks)
+
+
 def plots(results: Path) -> str:
     """The plots that plot.py drew for each machine."""
     links = []
@@ -376,6 +389,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         slower,
         gpu_error,
         tried,
+        examples,
         plots,
         error_plots,
     )

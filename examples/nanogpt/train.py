@@ -1,6 +1,6 @@
 """A nanoGPT in two runs from one seed: with torch's scaled_dot_product_attention, and with the same code sent here.
 
-    python examples/nanogpt/train.py [--text FILE] [--steps N] [--output FOLDER]
+    python examples/nanogpt/train.py [--text FILE] [--steps N] [--output FOLDER] [--json FILE]
 
 The model knows nothing of this package: it calls torch.nn.functional.scaled_dot_product_attention. One line before the
 second run, `sdpa.enable()`, is the whole change. It prints what became of the calls, and draws both loss curves.
@@ -9,6 +9,7 @@ second run, `sdpa.enable()`, is the whole change. It prints what became of the c
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="file to learn from (default: Python's own help texts)")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--output", type=Path, default=Path("nanogpt_output"), help="folder of the plot (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the figures: by name, torch's and ours")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
 
@@ -51,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.console.print(f"  {stats}", highlight=False)
     demo.check(stats.attended > 0 and not stats.returned, "every call ran here")
     compare(demo, runs)
+    if options.json:
+        torchs, ours = runs["SDPA"], runs["ours"]
+        figures = {
+            "loss, first step": (torchs.losses[0], ours.losses[0]),
+            f"loss, step {s.steps}": (torchs.losses[-1], ours.losses[-1]),
+            "loss on text that it has not seen": (torchs.held_out, ours.held_out),
+        }
+        options.json.write_text(json.dumps(figures))
     written = sample(runs["ours"].model, text, s, device, prompt=text.tokens[1])
     demo.console.print(written, style="italic", markup=False, highlight=False)
     return 1 if demo.failures else 0

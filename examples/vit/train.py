@@ -1,6 +1,6 @@
 """A vision transformer learns handwritten digits with torch's nn.TransformerEncoder, its attention swapped for ours.
 
-    python examples/vit/train.py [--epochs N]
+    python examples/vit/train.py [--epochs N] [--json FILE]
 
 The model is torch's own: `swap(model)` replaces the nn.MultiheadAttention in it, in place, weights kept. Trained once
 as it is and once swapped, from one seed, it reaches the same accuracy on digits that it has not seen (1,797 images of
@@ -10,8 +10,10 @@ as it is and once swapped, from one seed, it reaches the same accuracy on digits
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -73,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains twice; returns 1 if the two runs do not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15)
-    epochs = parser.parse_args(arguments).epochs
+    parser.add_argument("--json", type=Path, help="file for the figures: by name, torch's and ours")
+    options = parser.parse_args(arguments)
+    epochs = options.epochs
     console = Console()
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
@@ -98,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for name in losses:
         console.print(f"{name:8} loss {losses[name][0]:.3f} -> {losses[name][-1]:.3f}, accuracy {right[name]:.1%}")
+    if options.json:
+        figures = {
+            "loss, first step": [each[0] for each in losses.values()],
+            f"loss, step {len(losses['torch'])}": [each[-1] for each in losses.values()],
+            "digits that it has not seen, right, %": [100 * share for share in right.values()],
+        }
+        options.json.write_text(json.dumps(figures))
     # Rounding differs, and training amplifies it; a wrong gradient shows from the second step on.
     distance = max(abs(a - b) for a, b in zip(losses["torch"][:8], losses["swapped"][:8], strict=True))
     agree = distance < 1e-4 and abs(right["torch"] - right["swapped"]) < 0.05
