@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("kernels", "numerics", "training")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("examples", "kernels", "numerics", "training")),
 )
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -56,3 +58,22 @@ def test_vit_notices_wrong_attention(capsys: pytest.CaptureFixture[str], monkeyp
     right = modules.attend
     monkeypatch.setattr(modules, "attend", lambda *args, **options: tuple(1.1 * x for x in right(*args, **options)))
     assert example("vit")["main"](["--epochs", "1"]) == 1
+
+
+def test_figures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example writes is what the table shows."""
+    pytest.importorskip("sklearn")
+    record = runpy.run_path(str(EXAMPLES / "record.py"))
+    figures = record["written"]("vit/train.py", tmp_path, "--epochs", "2")
+    assert figures["loss, first step"] == pytest.approx([2.46, 2.46], abs=0.01)
+    share = next(x for name, x in figures.items() if name.endswith("%"))
+    assert all(10 < x < 100 for x in share)  # better than chance, and not a fraction of 1
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    environment = {"commit": "c", "torch": "t", "cpu": "p", "cpu_level": "avx2"}
+    records = [{"example": "vit", "figures": figures}, {"example": "cpp", "figures": {"loss": (None, 1.25)}}]
+    (folder / "examples.json").write_text(json.dumps({"environment": environment, "records": records}))
+    tables = importlib.import_module("tables")  # beside what record.py imports
+    shown = tables.examples(tmp_path)
+    assert f"| vit | digits that it has not seen, right, % | {share[0]:.1f} | {share[1]:.1f} |" in shown
+    assert "| cpp | loss | - | 1.2500 |" in shown
