@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -168,6 +168,21 @@ def test_grid_schedule_covers_every_tile_once() -> None:
         for b, first, r in {(b, h // run * run, r) for b, h, r in tiles}:
             sharing = [h for h in (tile[1] for tile in tiles if tile[::2] == (b, r)) if h // run * run == first]
             assert sharing == sorted(sharing)
+
+
+def test_grid_schedule_has_no_small_last_group() -> None:
+    """A group's tiles have the block slowest: the last group would begin with its longest tiles while others end."""
+    rng = random.Random(11)
+    for _ in range(PROBLEMS):
+        batch, heads, count = rng.randint(1, 6), rng.randint(1, 12), rng.randint(1, 20)
+        pairs, blocks = batch * heads, rng.randint(2, 4)
+        tiles = core.grid_schedule(batch, heads, blocks, 1, [], 0, count, "first")
+        firsts = [tile[2] == 0 for tile in tiles]
+        sizes = [len(list(run)) for first, run in groupby(firsts) if first]
+        assert sum(sizes) == pairs
+        assert sizes[0] >= min(count, pairs)
+        assert set(sizes[:-1]) <= {sizes[0]}
+        assert sizes[0] - sizes[-1] < max(1, pairs // count)
 
 
 def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, check
+from hypothesis import given
+from test_hypothesis import problems
 
 import flash_attn_ext
 from flash_attn_ext import attention
@@ -59,6 +61,12 @@ def test_the_same_bits_in_1000_runs(case: Case, load: bool) -> None:
             assert torch.equal(got, first[name]), f"{name} in run {run}"
 
 
+@given(case=problems().filter(lambda case: case.dtype != torch.float64))
+def test_drawn_problem(case: Case) -> None:
+    """FAE_TEST_EXAMPLES in several processes draws more of them, others in each."""
+    check(case, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dropout_drops_what_the_cpu_drops(dtype: torch.dtype) -> None:
     """With v = the identity, out shows every probability: zeros are what was dropped."""
@@ -94,8 +102,9 @@ def test_current_stream() -> None:
     assert torch.equal(out, expected)
 
 
-def test_cuda_graph_captures_forward_and_backward() -> None:
-    q, k, v = random_qkv(2, 300, 4, 64)
+@pytest.mark.parametrize("head_dim", [64, 256])  # one kernel for all gradients, and kernels that overlap
+def test_cuda_graph_captures_forward_and_backward(head_dim: int) -> None:
+    q, k, v = random_qkv(2, 300, 4, head_dim)
     dout = torch.randn_like(q)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -113,6 +122,24 @@ def test_cuda_graph_captures_forward_and_backward() -> None:
         graph.replay()
         for got, expected in zip(captured, step(q, k, v, dout), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [64, 1000, 4096])
+def test_overlapping_kernels_begin_after_and_end_before_others(rows: int) -> None:
+    """What is written right before a call is what it reads; what is written right after it does not disturb it."""
+    inputs = [t.detach() for t in random_qkv(1, rows, 4, 256)]
+    dout = torch.randn_like(inputs[0])
+    expected = step(*(t.clone().requires_grad_() for t in inputs), dout)
+    q, k, v = (torch.zeros_like(t).requires_grad_() for t in inputs)
+    for _ in range(50):
+        with torch.no_grad():
+            for t, value in zip((q, k, v), inputs, strict=True):
+                t.copy_(value)
+        results = step(q, k, v, dout)
+        with torch.no_grad():
+            for t in (q, k, v):
+                t.fill_(math.nan)
+        assert all(map(torch.equal, results, expected))
 
 
 def test_compiled_with_dynamic_shapes() -> None:

@@ -87,8 +87,13 @@ struct GridSchedule {
     blocks = static_cast<uint32_t>(packed.size());
     tasks = heads_ * packed.size();
   }
-  FAE_INLINE void group_pairs(int64_t count) {
-    group = static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs} - 1) + 1);
+  // At least `count` pairs of batch and run go together, in groups as equal as can be: a small last one would begin
+  // with long tasks when little else is left.
+  FAE_INLINE void group_pairs(int64_t count, int64_t run_ = 1) {
+    run = static_cast<uint32_t>(run_);
+    pairs /= run;
+    const uint32_t groups = pairs / static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs}) + 1);
+    group = groups > 1 ? ceil_div(pairs, groups) : pairs > 0 ? pairs : 1;
   }
   // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; at least
   // `count` pairs go together. The order of both follows from the head's number alone, so that its results do not
@@ -113,6 +118,11 @@ struct GridSchedule {
   }
 
   FAE_INLINE Tile operator[](uint32_t index) const {
+    return tile(index, [](const PackedBlocks& blocks, int32_t number) { return blocks[number]; });
+  }
+  // The same with another way of finding packed blocks: find(packed, number).
+  template <class Find>
+  FAE_INLINE Tile tile(uint32_t index, Find&& find) const {
     // With alternate runs, a group of even ones is followed by one of as many odd ones.
     const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * run * blocks;
     const uint32_t first = index / whole * group, in_group = all - first < group ? all - first : group;
@@ -126,7 +136,7 @@ struct GridSchedule {
     const uint32_t head = ((member - batch * per_batch) * parities + parity) * run + in_run;
     const uint32_t block = is_last_first(head) ? blocks - 1 - number : number;
     if (packed.cu_seqlens) {
-      Tile tile = packed[static_cast<int32_t>(block)];
+      Tile tile = find(packed, static_cast<int32_t>(block));
       tile.head = head;
       return tile;
     }

@@ -17,6 +17,7 @@ struct Grid {
   int threads;
   size_t shared_bytes = 0;  // dynamic
   bool loops = false;       // blocks stride over the work: fewer of them do, where there are more than a grid can have
+  bool overlaps = false;    // may begin while the kernel before ends, for which it then waits (Hopper; sm90/ptx.h)
 };
 
 #if defined(__CUDACC__)
@@ -44,6 +45,11 @@ void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void* s
   config.blockDim.x = static_cast<unsigned>(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = grid.overlaps ? 1 : 0;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else reports it again

@@ -69,19 +69,21 @@ T __shfl_up_sync(unsigned, T value, int by) {
   return shuffle("__shfl_up_sync", value, by, [](int i, int parameter) { return i < parameter ? i : i - parameter; });
 }
 
-inline int __any_sync(unsigned, int predicate) {
-  int out;
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned out;
   fae::emulator::warp_operation(
-      "__any_sync",
+      "__ballot_sync",
       [](const fae::emulator::LaneOperands(&lanes)[32]) {
-        int any = 0;
-        for (const auto& lane : lanes) any |= *static_cast<const int*>(lane.in) != 0;
-        for (const auto& lane : lanes) *static_cast<int*>(lane.out) = any;
+        unsigned ballot = 0;
+        for (int i = 0; i < 32; ++i) ballot |= unsigned{*static_cast<const int*>(lanes[i].in) != 0} << i;
+        for (const auto& lane : lanes) *static_cast<unsigned*>(lane.out) = ballot;
       },
       &predicate, &out);
   return out;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return !__any_sync(mask, !predicate); }
+inline int __popc(unsigned x) { return std::popcount(x); }
 
 template <class T>
 T atomicAdd(T* address, T value) {

@@ -18,6 +18,8 @@ inline void arrive_expecting(uint32_t barrier, int bytes) { emulator::arrive_at_
 inline void wait(uint32_t barrier, uint32_t parity) { emulator::wait_for_barrier(barrier, static_cast<int>(parity)); }
 
 inline void prefetch(const TensorMap&) {}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 inline void load_box(uint32_t address, const TensorMap& map, int col, int row, int head, int batch, uint32_t barrier) {
   emulator::load_box_later({&map, {col, row, head, batch}, address}, barrier);
 }

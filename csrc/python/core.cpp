@@ -62,7 +62,7 @@ void bind_schedule(py::module_& m) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
         schedule.last_first = order == "last";
-        order == "turns" ? schedule.take_turns(run, group) : schedule.group_pairs(group);
+        order == "turns" ? schedule.take_turns(run, group) : schedule.group_pairs(group, run);
         std::vector<std::array<int64_t, 3>> tiles;
         for (int64_t i = 0; i < schedule.size(); ++i)
           tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});

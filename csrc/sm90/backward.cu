@@ -4,6 +4,7 @@
 #include "../cuda/single_term.h"
 #include "../sm80/kernels.h"
 #include "backward_movers.h"
+#include "backward_separate.h"
 #include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
@@ -127,22 +128,15 @@ class BackwardComputer {
   // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta, or S^T and dP^T alone.
   __device__ __forceinline__ void start_scores() {
     const Memory memory = memory_.unknown();
-    start_product<kFoldsLse>(scores_, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()));
+    begin_products();
+    start_folded<kFoldsLse>(scores_.transpose, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()),
+                            memory_.statistics(stage()));
   }
   __device__ __forceinline__ void start_dprob() {
     const Memory memory = memory_.unknown();
-    start_product<kFoldsDelta>(dprob_, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()));
-  }
-  template <bool kFolds>
-  __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
-                                                const typename Memory::Q& rows) const {
-    auto& transpose = s.transpose;
     begin_products();
-    if constexpr (kFolds)
-      multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
-                     doubled_descriptor(memory_.statistics(stage()), 8 * 16), false, __nv_bfloat16{});
-    multiply_straight(transpose, keys, rows, kFolds);
-    commit_products();
+    start_folded<kFoldsDelta>(dprob_.transpose, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()),
+                              memory_.statistics(stage()));
   }
 
   // P while dP is computed, and the end of that.
@@ -420,12 +414,13 @@ class BackwardComputer {
 template <class T, class Config, Terms kTerms>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardCall call) {
   const BackwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
-  if (threadIdx.x < 64) memory.init_selectors(static_cast<int>(threadIdx.x));
+  if (threadIdx.x < 64) init_selectors(memory.lse_selector(), static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.dout, &call.statistics}) prefetch(*map);
     memory.init_barriers();
   }
   __syncthreads();
+  wait_for_previous();
   const int warp = uniform(warp_index());
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
@@ -434,8 +429,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
-    using Computer = std::conditional_t<Config::kWide, WideBackwardComputer<T, Config, kTerms != Terms::none>,
-                                        BackwardComputer<T, Config, kTerms>>;
+    using Computer =
+        std::conditional_t<Config::kWide, WideBackwardComputer<T, Config>, BackwardComputer<T, Config, kTerms>>;
     Computer(call, memory, warp - 4).run();
   }
 }
@@ -446,11 +441,12 @@ template <class Config>
 struct BackwardSpace : cuda::BackwardSpace {
   uint4* statistics;
   int64_t key_blocks;  // per head
-  float* dkv_partial;  // of every key block that several tasks add to
+  float* dkv_partial;  // of every key block that several tasks add to; separate kernels: dK of all, then dV of all
   void* bias_gradient;
 
   BackwardSpace(const BackwardProblem& p, void* base)
-      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kRows * Config::kDim, key_counters(p)) {
+      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kSeparate ? 0 : Config::kRows * Config::kDim,
+                            key_counters(p)) {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
     key_blocks = key_blocks_of(p);
     dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
@@ -466,36 +462,40 @@ struct BackwardSpace : cuda::BackwardSpace {
     return PackedBlocks(p.cu_seqlens_k, p.batch, p.total_k, Config::kKeys);
   }
 
+  // Of all heads of keys.
+  static int64_t shared_key_blocks(const BackwardProblem& p) {
+    const bool few_rows = !Config::kSeparate && (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q) <= Config::kFewRows;
+    return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
+  }
+
  private:
   static int64_t key_blocks_of(const BackwardProblem& p) {
     return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
   }
-  static int64_t shared_key_blocks(const BackwardProblem& p) {
-    const bool few_rows = (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q) <= Config::kFewRows;
-    return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
+  static int64_t key_counters(const BackwardProblem& p) {
+    return shared_key_blocks(p) * 4 * Config::kWarpgroups * (Config::kSeparate ? 2 : 1) +
+           (Config::kSeparate ? kGradients : 0);
   }
-  static int64_t key_counters(const BackwardProblem& p) { return shared_key_blocks(p) * 4 * Config::kWarpgroups; }
 };
 
-template <class T, Terms kTerms>
-void run_backward(const BackwardProblem& problem, const Execution& execution) {
-  using Config = BackwardConfig<FAE_HEAD_DIM, kTerms>;
+// What fits into the second-level cache beside everything else.
+constexpr int64_t kCachedBytes = int64_t{32} << 20;
+
+template <class T, class Config, Terms kTerms>
+void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& space, const Execution& execution) {
   using Memory = BackwardMemory<T, Config>;
-  const BackwardSpace<Config> space(problem, execution.workspace);
-  const cuda::RowStatistics row_statistics{
-      .rows = space.statistics,
-      .folded = kTerms != Terms::any,
-      .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
-  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
-  if (p.dsinks) cuda::compute_dsinks(p, execution);
   const bool direct_dbias = space.writes_dbias(p);
   if (p.dbias.data && !direct_dbias) sm80::bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
   // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
-  // together that a key block's slot is free when its successors have begun.
+  // together that a key block's slot is free when its successors have begun: those of as many sequences where several
+  // lie one behind the other, but no more than have their queries, and dQ, in the cache.
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.take_turns(p.heads / p.heads_kv,
-                      ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, schedule.blocks)));
+  constexpr int64_t kRowBytes = Config::kDim * (2 * sizeof(T) + sizeof(float));  // of Q, dO and dQ
+  const int64_t key_blocks = ceil_div(int64_t{schedule.blocks}, p.cu_seqlens_k ? std::max<int64_t>(1, p.batch) : 1);
+  int64_t heads = ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, key_blocks));
+  if (p.cu_seqlens_k) heads = std::min(heads, kCachedBytes / (std::max<int64_t>(1, p.max_seqlen_q) * kRowBytes));
+  schedule.take_turns(p.heads / p.heads_kv, heads);
 
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
@@ -523,8 +523,25 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
       make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
-  cuda::launch("sm90 backward", backward_kernel<T, Config, kTerms>,
-               cuda::Grid{blocks, Config::kThreads, Memory::kBytes}, execution.stream, call);
+  const cuda::Grid grid{
+      .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
+  cuda::launch("sm90 backward", backward_kernel<T, Config, kTerms>, grid, execution.stream, call);
+}
+
+template <class T, Terms kTerms>
+void run_backward(const BackwardProblem& problem, const Execution& execution) {
+  using Config = BackwardConfig<FAE_HEAD_DIM, kTerms>;
+  const BackwardSpace<Config> space(problem, execution.workspace);
+  const cuda::RowStatistics row_statistics{
+      .rows = space.statistics,
+      .folded = kTerms != Terms::any,
+      .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
+  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
+  if (p.dsinks) cuda::compute_dsinks(p, execution);
+  if constexpr (Config::kSeparate)
+    run_separate_kernels<T, FAE_HEAD_DIM>(p, space, execution);
+  else
+    run_shared_kernel<T, Config, kTerms>(p, space, execution);
 }
 
 // lse / scale, which is added to products, has to be a float.
@@ -536,7 +553,7 @@ auto with_kernel_terms(const BackwardProblem& p, F&& f) {
   using Any = std::integral_constant<Terms, Terms::any>;
   if (p.softmax_scale < kSmallestScale || (p.dbias.data && !cuda::has_pairs(p.dbias, 2))) return f(Any{});
   return cuda::with_terms(p, [&](auto terms) {
-    if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide && terms() != Terms::none)
+    if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide)
       return f(Any{});
     else
       return f(terms);

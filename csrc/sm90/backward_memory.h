@@ -69,11 +69,11 @@ struct BackwardMemory {
   // What products read doubled comes first: compute-sanitizer takes them to read as many bytes as others do, and there
   // have to be as many behind it.
   static constexpr int kKeysBytes = Config::kKeyPieces * K::kBytes, kStatisticsBytes = Config::kRows * 16;
-  static constexpr int kSelectors = 0, kStatistics = 2 * 128;
+  static constexpr int kSelectors = 0, kStatistics = kSelectorsBytes;
   static constexpr int kKeyBlock = kStatistics + Config::kStages * kStatisticsBytes;
   static constexpr int kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
   static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
-  static constexpr int kTurns = 5 + 5 * Config::kStages;
+  static constexpr int kTurns = 6 + 5 * Config::kStages;
   static constexpr int kK = (kBarriers + 8 * (kTurns + 2 * kStepStages) + 1023) / 1024 * 1024;
   static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
   static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
@@ -93,8 +93,6 @@ struct BackwardMemory {
   __device__ DS ds(int stage) const { return {base + kDS + stage * kExchangedBytes}; }
   __device__ DS p(int stage) const { return {ds(stage).base + DS::kBytes}; }
   __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
-  // Left factors that take -lse / scale, and -delta, from the statistics: 8 equal rows of (1, 1, 1, 0, 0, 0, 0, 0), and
-  // of (0, 0, 0, 1, 1, 1, 0, 0).
   __device__ uint32_t lse_selector() const { return base + kSelectors; }
   __device__ uint32_t delta_selector() const { return base + kSelectors + 128; }
   __device__ uint32_t key_block() const { return base + kKeyBlock; }
@@ -107,14 +105,16 @@ struct BackwardMemory {
   __device__ uint32_t k_empty() const { return barrier(1); }
   __device__ uint32_t v_full() const { return barrier(2); }
   __device__ uint32_t v_empty() const { return barrier(3); }
-  __device__ uint32_t tail_full() const { return barrier(4); }  // tiles have arrived of which rows must be cleared
+  // Keys, and the tiles of a step, have arrived of which rows must be cleared.
+  __device__ uint32_t keys_tail_full() const { return barrier(4); }
+  __device__ uint32_t rows_tail_full() const { return barrier(5); }
   // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; what the warpgroups exchange
   // is there; is no longer needed.
-  __device__ uint32_t q_full(int stage) const { return barrier(5 + stage); }
-  __device__ uint32_t dout_full(int stage) const { return barrier(5 + Config::kStages + stage); }
-  __device__ uint32_t rows_empty(int stage) const { return barrier(5 + 2 * Config::kStages + stage); }
-  __device__ uint32_t ds_full(int stage) const { return barrier(5 + 3 * Config::kStages + stage); }
-  __device__ uint32_t ds_empty(int stage) const { return barrier(5 + 4 * Config::kStages + stage); }
+  __device__ uint32_t q_full(int stage) const { return barrier(6 + stage); }
+  __device__ uint32_t dout_full(int stage) const { return barrier(6 + Config::kStages + stage); }
+  __device__ uint32_t rows_empty(int stage) const { return barrier(6 + 2 * Config::kStages + stage); }
+  __device__ uint32_t ds_full(int stage) const { return barrier(6 + 3 * Config::kStages + stage); }
+  __device__ uint32_t ds_empty(int stage) const { return barrier(6 + 4 * Config::kStages + stage); }
   // The step's visit to dQ may begin; is over. Those who keep the order can be ahead, or behind, by two steps.
   __device__ uint32_t turn(unsigned number) const { return barrier(kTurns + StepBuffers::stage(number)); }
   __device__ uint32_t added(unsigned number) const {
@@ -123,7 +123,7 @@ struct BackwardMemory {
 
   __device__ void init_barriers() const {
     constexpr int kWarps = 4 * Config::kWarpgroups;
-    for (const uint32_t one : {k_full(), v_full(), tail_full()}) init_barrier(one, 1);
+    for (const uint32_t one : {k_full(), v_full(), keys_tail_full(), rows_tail_full()}) init_barrier(one, 1);
     for (const uint32_t all : {k_empty(), v_empty()}) init_barrier(all, kWarps);
     for (int stage = 0; stage < Config::kStages; ++stage) {
       init_barrier(q_full(stage), 1);
@@ -137,14 +137,6 @@ struct BackwardMemory {
       init_barrier(added(i), kWarps);
     }
     fence_barrier_init();
-  }
-
-  // By 64 threads.
-  __device__ void init_selectors(int thread) const {
-    const int pair = thread % 4 * 2, first = thread / 32 * 3;
-    const auto one = [&](int i) { return i >= first && i < first + 3 ? 1.0f : 0.0f; };
-    sm80::store_shared(base + kSelectors + 4 * thread, sm80::pack(one(pair), one(pair + 1), __nv_bfloat16{}));
-    fence_async_proxy();
   }
 
  private:

@@ -7,6 +7,21 @@
 
 namespace fae::sm90 {
 
+// PackedBlocks[number], by a whole warp, whose lanes look at 32 sequences at a time: one after the other, the journeys
+// to memory would take as long as a step.
+__device__ inline Tile find_block(const PackedBlocks& blocks, int number) {
+  int first = 0, count = blocks.batch;
+#pragma unroll 1
+  while (count > 1) {
+    const int stride = ceil_div(count, cuda::kWarpThreads), i = lane_index() * stride;
+    const bool begins = i < count && blocks.first(first + i) <= number;
+    const int last = max(__popc(__ballot_sync(0xffffffffu, begins)) - 1, 0);
+    first += last * stride;
+    count = min(stride, count - last * stride);
+  }
+  return {first, 0, number - blocks.first(first)};
+}
+
 // Takes tasks and loads K and V, and Q, dO and the statistics of the query blocks that see them.
 template <class T, class Config>
 class BackwardLoader {
@@ -20,7 +35,8 @@ class BackwardLoader {
   __device__ void run() {
     // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
-    for (unsigned number = take(); number < call_.tasks.size(); number = take()) load(call_.tasks[number]);
+    for (unsigned number = take(); number < call_.tasks.size(); number = take())
+      load(call_.tasks.tile(number, find_block));
     publish({.batch = -1});
     wait_rows_empty();
     if (first_) {
@@ -82,10 +98,7 @@ class BackwardLoader {
           const int begin = key + piece * kWarpgroupRows;
           if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
         }
-        load_rows(keys, step);
-        if (head != first_head || i != 0) continue;
-        if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
-        load_v(keys);
+        load_rows(keys, step, head == first_head && i == 0);
       }
     }
   }
@@ -116,7 +129,7 @@ class BackwardLoader {
   __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& place) {
     const int valid = keys.band.seqlen_k - keys.key_begin;
     const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
-    const uint32_t barrier = tail ? memory_.tail_full() : full;
+    const uint32_t barrier = tail ? memory_.keys_tail_full() : full;
     if (first_) {
       arrive_expecting(barrier, Memory::kKeysBytes);
       for (int piece = 0; piece < Config::kKeyPieces; ++piece)
@@ -124,31 +137,27 @@ class BackwardLoader {
                   p_.cu_seqlens_k ? 0 : keys.batch, barrier);
     }
     if (!tail) return;
-    wait_tail();
+    wait(memory_.keys_tail_full(), keys_tail_parity_);
+    keys_tail_parity_ ^= 1;
     for (int piece = 0; piece < Config::kKeyPieces; ++piece)
       clear_rows(place(piece), min(max(valid - piece * kWarpgroupRows, 0), kWarpgroupRows));
     fence_async_proxy();
     __syncwarp();
     if (first_) arrive(full);
   }
-  __device__ void wait_tail() {
-    wait(memory_.tail_full(), tail_parity_);
-    tail_parity_ ^= 1;
-  }
-
   __device__ void load_v(const KeyBlock& keys) {
     wait(memory_.v_empty(), v_block_ % 2 ^ 1);
     load_keys(keys, call_.v, memory_.v_full(), [&](int piece) { return memory_.v(piece); });
     ++v_block_;
   }
 
-  // Q, dO and the statistics of a step.
-  __device__ void load_rows(const KeyBlock& keys, const Step& step) {
+  // Q, dO and the statistics of a step, and behind the first step's a block's keys.
+  __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int stage = Buffers::stage(step_), row = keys.q_start + step.row_begin;
     const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.band.seqlen_q - step.row_begin;
     const bool tail = valid < Config::kRows && (p_.cu_seqlens_q || p_.seqused_q);
-    const uint32_t q_barrier = tail ? memory_.tail_full() : memory_.q_full(stage);
-    const uint32_t dout_barrier = tail ? memory_.tail_full() : memory_.dout_full(stage);
+    const uint32_t q_barrier = tail ? memory_.rows_tail_full() : memory_.q_full(stage);
+    const uint32_t dout_barrier = tail ? memory_.rows_tail_full() : memory_.dout_full(stage);
     wait_rows_empty();
     if (first_) {
       write_struct(memory_.step(step_), step);
@@ -159,12 +168,16 @@ class BackwardLoader {
       if (!tail) arrive_expecting(dout_barrier, Memory::Q::kBytes);
       load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
     }
+    if (with_keys) {
+      if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
+      load_v(keys);
+    }
     if (tail) {
-      wait_tail();
+      wait(memory_.rows_tail_full(), rows_tail_parity_);
+      rows_tail_parity_ ^= 1;
       clear_rows(memory_.q(stage), valid);
       clear_rows(memory_.dout(stage), valid);
-      for (int i = valid + lane_index(); i < Config::kRows; i += cuda::kWarpThreads)
-        sm80::store_shared_16_bytes(memory_.statistics(stage) + 16 * i, uint4{0, 0, 0, 0});
+      clear_statistics(memory_.statistics(stage), valid, Config::kRows);
       fence_async_proxy();
       __syncwarp();
       if (first_) {
@@ -180,7 +193,7 @@ class BackwardLoader {
   const Memory memory_;
   const bool first_;  // the lane that talks to the accelerator
   unsigned step_ = 0, block_ = 0, v_block_ = 0;
-  uint32_t tail_parity_ = 0;
+  uint32_t keys_tail_parity_ = 0, rows_tail_parity_ = 0;
 };
 
 // dQ of a query block belongs to one visitor after the other. Two threads keep the order, one that waits for this

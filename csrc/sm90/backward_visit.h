@@ -84,22 +84,28 @@ __device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1
   write(dq);
 }
 
-// dK and dV of keys that several query heads share, in this task's turn: leave(partial) or, for the last head,
-// collect(partial), where those of the block lie. Warps need not wait for each other: each has turns of its own, for
-// what its own lanes add.
+// A gradient that several tasks add to, in turn: leave() or, for the last of them, collect(). Warps need not wait for
+// each other: each has turns of its own, for what its own lanes add. done: tasks whose warp is done.
+template <class Leave, class Collect>
+__device__ __forceinline__ void take_turn(int* done, int rank, bool last, Leave&& leave, Collect&& collect) {
+  if (rank > 0) {
+    while (sm80::load_acquire(done) < rank) {
+    }
+  }
+  if (last) return collect();
+  leave();
+  __syncwarp();
+  if (lane_index() == 0) sm80::store_release(done, rank + 1);
+}
+
+// dK and dV of keys that several query heads share: leave(partial) or collect(partial), where those of the block lie.
 template <class Config, class Leave, class Collect>
 __device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, Leave&& leave,
                                            Collect&& collect) {
-  int* const done = call.key_turns + keys.slot * 4 * Config::kWarpgroups + warp;
   float* const partial = call.dkv_partial + int64_t{keys.slot} * 2 * Config::kKeys * Config::kDim;
-  if (keys.rank() > 0) {
-    while (sm80::load_acquire(done) < keys.rank()) {
-    }
-  }
-  if (keys.last_head()) return collect(partial);
-  leave(partial);
-  __syncwarp();
-  if (lane_index() == 0) sm80::store_release(done, keys.rank() + 1);
+  take_turn(
+      call.key_turns + keys.slot * 4 * Config::kWarpgroups + warp, keys.rank(), keys.last_head(),
+      [&] { leave(partial); }, [&] { collect(partial); });
 }
 
 }  // namespace fae::sm90

@@ -3,17 +3,17 @@
 #include "backward_terms.h"
 #include "backward_visit.h"
 
-// A warpgroup of the backward that computes, for head dims beyond 128 (backward.cu says what is computed). dK and dV of
-// 64 keys fill its registers. So both warpgroups of a thread block work on the same 64 keys:
+// A warpgroup of the backward that computes, for head dims beyond 128 where scores have terms (backward.cu says what is
+// computed, backward_terms.h how). dK and dV of 64 keys fill its registers. So both warpgroups of a thread block work
+// on the same 64 keys:
 //   - each computes the scores of half of the rows of a step, and leaves P^T and dS^T, keys by rows, in shared memory;
 //   - then the first one has all of dV += P^T dO, the second one all of dK += dS^T Q, and each half of the columns of
 //     dQ = dS K.
-// Scores of the next step are computed while the warpgroups wait for each other, and their exponentials are taken while
-// the products of this step run.
+// Scores of the next step are computed while the warpgroups wait for each other.
 
 namespace fae::sm90 {
 
-template <class T, class Config, bool kGeneral>
+template <class T, class Config>
 class WideBackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
@@ -22,12 +22,7 @@ class WideBackwardComputer {
 
  public:
   __device__ WideBackwardComputer(const BackwardCall& call, const Memory& memory, int warp)
-      : call_(call),
-        p_(call.p),
-        memory_(memory),
-        warpgroup_(warp / 4),
-        warp_row_(warp % 4 * 16),
-        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+      : call_(call), p_(call.p), memory_(memory), warpgroup_(warp / 4), warp_row_(warp % 4 * 16) {}
 
   __device__ __forceinline__ void run() {
     for_each_key_block(memory_, [&](const KeyBlock& keys) {
@@ -64,10 +59,6 @@ class WideBackwardComputer {
     Accumulator<1, kMoreCols / 8> more;
     start_dq(first, first_col());
     start_dq(more, more_col());
-    if constexpr (!kLast && !kGeneral) {
-      wait_products<3>();
-      finish_scores(step_ + 1);
-    }
     if constexpr (!kLast) wait_for_dout(step_ + 1);
     wait_products<2>();
     fence_registers(gradient_.x[0]);
@@ -76,7 +67,7 @@ class WideBackwardComputer {
     wait_products<1>();
     finish_dq(first, warpgroup_ * NQ, first_col());
     if constexpr (!kLast) start_dprob(step_ + 1);
-    if constexpr (!kLast && kGeneral) finish_scores(step_ + 1);  // now that there are registers for it
+    if constexpr (!kLast) finish_scores(step_ + 1);  // now that there are registers for it
     wait_products<kLast ? 0 : 1>();
     finish_dq(more, warpgroup_ * NQ + kFirstCols / 8, more_col());
     release(memory_.added(step_));
@@ -87,79 +78,57 @@ class WideBackwardComputer {
     ++step_;
   }
 
-  // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta (general: without lse and delta), of this
-  // warpgroup's rows.
+  // S^T = K Q^T and dP^T = V dO^T, of this warpgroup's rows.
   __device__ __forceinline__ void start_scores(unsigned number) {
     const int stage = Buffers::stage(number);
     wait(memory_.q_full(stage), Buffers::parity(number));
     const Memory memory = memory_.unknown();
-    start_product(scores_, memory.lse_selector(), memory.k(0), memory.q(stage), memory.statistics(stage));
+    start_product(scores_, memory.k(0), memory.q(stage));
   }
   __device__ __forceinline__ void wait_for_dout(unsigned number) const {
     wait(memory_.dout_full(Buffers::stage(number)), Buffers::parity(number));
   }
   __device__ __forceinline__ void start_dprob(unsigned number) {
-    const int stage = Buffers::stage(number);
     const Memory memory = memory_.unknown();
-    start_product(dprob_, memory.delta_selector(), memory.v(0), memory.dout(stage), memory.statistics(stage));
+    start_product(dprob_, memory.v(0), memory.dout(Buffers::stage(number)));
   }
-  __device__ __forceinline__ void start_product(Scores& s, uint32_t selector, const typename Memory::K& keys,
-                                                const typename Memory::Q& rows, uint32_t statistics) const {
-    auto& transpose = s.transpose;
+  __device__ __forceinline__ void start_product(Scores& s, const typename Memory::K& keys,
+                                                const typename Memory::Q& rows) const {
     begin_products();
-    if constexpr (!kGeneral)
-      multiply_async(transpose.x[0], doubled_descriptor(selector, 0),
-                     doubled_descriptor(statistics + 16 * score_row(), 8 * 16), false, __nv_bfloat16{});
-    multiply_straight(transpose, keys, rows, !kGeneral, score_row());
+    multiply_straight(s.transpose, keys, rows, false, score_row());
     commit_products();
   }
 
-  // P = exp(scale S). General: P leaves at once, what dS needs of it remains.
+  // P, which leaves at once; what dS needs of it remains.
   __device__ __forceinline__ void finish_scores(unsigned number) {
     fence_registers(scores_.transpose.x[0]);
     const Step step = read_struct<Step>(memory_.step(number));
-    if constexpr (kGeneral) {
-      const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-      const int stage = Buffers::stage(number);
-      const GeneralScores<T> general(call_, keys, step.head, step.is_edge(0), step.row_begin + score_row(),
-                                     keys.key_begin + warp_row_, statistics(stage));
+    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
+    const int stage = Buffers::stage(number);
+    const GeneralScores<T> general(call_, keys, step.head, step.is_edge(0), step.row_begin + score_row(),
+                                   keys.key_begin + warp_row_, statistics(stage));
 #pragma unroll
-      for (int k = 0; k < Config::kScoreRows / 16; ++k) {
-        const sm80::FragmentA<T> p = general.compute(scores_, k);
-        const int lane = opaque(lane_index());
-        store_matrices((exchanged(stage, lane) ^ exchanged_chunk(k, lane)) + Memory::DS::kBytes, p.x);
-      }
-    } else {
-      if (step.is_edge(0)) {
-        const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-        cuda::mask_band(scores_, keys.band, step.row_begin + score_row(), keys.key_begin + warp_row_);
-      }
-      exponentiate(scores_, scale_log2_);
+    for (int k = 0; k < Config::kScoreRows / 16; ++k) {
+      const sm80::FragmentA<T> p = general.compute(scores_, k);
+      const int lane = opaque(lane_index());
+      store_matrices((exchanged(stage, lane) ^ exchanged_chunk(k, lane)) + Memory::DS::kBytes, p.x);
     }
     // The wait for a barrier that follows keeps the compiler from taking the exponentials after the products.
     fence_registers(scores_.transpose.x[0]);
   }
 
-  // P^T and dS^T to where both warpgroups find them. Those of two steps before are no longer needed: the other
-  // warpgroup, too, has been seen to store those of one step before.
+  // dS^T to where both warpgroups find it. That of two steps before is no longer needed: the other warpgroup, too, has
+  // been seen to store that of one step before.
   __device__ __forceinline__ void store_scores() {
-    if constexpr (!kGeneral)
-      scores_.for_each([&](int m, int half, int n, int e) { dprob_.at(m, half, n, e) *= scores_.at(m, half, n, e); });
     const int lane = opaque(lane_index());
     const uint32_t first = exchanged(stage(), lane);
 #pragma unroll
     for (int k = 0; k < Config::kScoreRows / 16; ++k) {
-      const uint32_t ds = first ^ exchanged_chunk(k, lane);
-      if constexpr (kGeneral) {
-        const auto on_gradient = [&](const auto& part) {
-          if (call_.direct_dbias) write_dbias(call_, memory_, step_, score_row() + 16 * k, warp_row_, part);
-        };
-        store_matrices(
-            ds, GeneralScores<T>::finish(dprob_, scores_, k, call_.constants, statistics(stage()), on_gradient).x);
-      } else {
-        store_matrices(ds, sm80::as_left_operand<T>(dprob_.transpose, 0, k).x);
-        store_matrices(ds + Memory::DS::kBytes, sm80::as_left_operand<T>(scores_.transpose, 0, k).x);
-      }
+      const auto on_gradient = [&](const auto& part) {
+        if (call_.direct_dbias) write_dbias(call_, memory_, step_, score_row() + 16 * k, warp_row_, part);
+      };
+      store_matrices(first ^ exchanged_chunk(k, lane),
+                     GeneralScores<T>::finish(dprob_, scores_, k, call_.constants, statistics(stage()), on_gradient).x);
     }
     fence_async_proxy();
     release(memory_.ds_full(stage()));
@@ -245,7 +214,6 @@ class WideBackwardComputer {
   const BackwardProblem& p_;
   const Memory memory_;
   const int warpgroup_, warp_row_;  // the warp's keys, and its rows of dQ, begin at warp_row_ of the block's
-  const float scale_log2_;
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
   Accumulator<1, ND> gradient_;  // dV or dK

@@ -18,6 +18,9 @@ struct ForwardTile {
   static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
   static constexpr int kRows = kWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // Kernels for one gradient are made of the same parts.
+  static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
+  static constexpr bool kLatePv = true;  // V is used a block later than K
   // O leaves by way of the place that its Q has had. Where that is the only place, the Q of the next tile would have to
   // wait for it: then threads store O, and Q gives its place up when the last scores are there.
   static constexpr bool kStoresByCopy = kStagesQ > 1;
@@ -49,12 +52,32 @@ struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
 template <Terms kTerms>
 struct ForwardConfig<256, kTerms> : ForwardTile<2, 64, 256, 256, 1, 3, 2> {};
 
+// A kernel for one gradient (backward_separate.h). For dK and dV, queries and keys change places: what is called Q here
+// is K, dO is V, K is Q, and V is dO. Only dV does without dP, and with it without dO.
+enum class Gradient { query, key, value };
+
+template <int kDim, Gradient kGradient_, int kStagesK, int kStagesV>
+struct GradientTile : ForwardTile<2, 64, kDim, kDim, 1, kStagesK, kStagesV> {
+  static constexpr Gradient kGradient = kGradient_;
+  static constexpr bool kFromKeys = kGradient != Gradient::query, kHasStatistics = kFromKeys;
+  static constexpr bool kHasDout = kGradient != Gradient::value, kClearsK = kHasDout, kLatePv = !kHasDout;
+};
+template <int kHeadDim, Gradient kGradient>
+struct GradientConfig;
+template <Gradient kGradient>
+struct GradientConfig<192, kGradient> : GradientTile<192, kGradient, 3, 2> {};
+template <Gradient kGradient>
+struct GradientConfig<256, kGradient> : GradientTile<256, kGradient, 2, 1> {};
+template <>
+struct GradientConfig<256, Gradient::value> : GradientTile<256, Gradient::value, 2, 3> {};
+
 // A thread block of the backward: one warpgroup that moves data and two that compute. kRows: of a query block.
 template <int kRows_, int kKeys_, int kDim_>
 struct BackwardBlock {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kKeyPieces = kKeys / kWarpgroupRows, kDim = kDim_;
   static constexpr int kStages = 2;  // of query blocks, and of their dS, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  static constexpr bool kSeparate = false;
 
   // Rows up to which one task walks through all query heads that share its keys, instead of a task for each of them:
   // those would wait for each other longer than they save. H200, causal, TFLOP/s with one and with several tasks:
@@ -86,6 +109,12 @@ struct WideBackwardTile : BackwardBlock<64, kWarpgroupRows, kDim> {
   static constexpr int kQueryCols = kDim / 2;                     // and of dQ
 };
 
+// A kernel for each gradient: what their workspace follows from.
+template <int kDim>
+struct SeparateBackward : BackwardBlock<64, 2 * kWarpgroupRows, kDim> {
+  static constexpr bool kWide = false, kSeparate = true;
+};
+
 template <int kHeadDim, Terms kTerms>
 struct BackwardConfig;
 template <Terms kTerms>
@@ -106,7 +135,11 @@ template <>
 struct BackwardConfig<128, Terms::any> : BackwardTile<64, 128> {};
 template <Terms kTerms>
 struct BackwardConfig<192, kTerms> : WideBackwardTile<192> {};
+template <>
+struct BackwardConfig<192, Terms::none> : SeparateBackward<192> {};
 template <Terms kTerms>
 struct BackwardConfig<256, kTerms> : WideBackwardTile<256> {};
+template <>
+struct BackwardConfig<256, Terms::none> : SeparateBackward<256> {};
 
 }  // namespace fae::sm90

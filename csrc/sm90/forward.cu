@@ -405,6 +405,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     memory.init_barriers();
   }
   __syncthreads();
+  wait_for_previous();
   const int warp = uniform(warp_index());
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
@@ -416,21 +417,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   }
 }
 
-// K and V of this many bytes fit into the second-level cache beside everything else.
-constexpr int64_t kCachedBytes = int64_t{32} << 20;
-// Heads whose tiles run side by side where some tiles are longer than others: enough to begin with the long ones. More
-// would ask for the K and V of many heads at once. Even tiles run head by head: then one load from memory serves all.
-constexpr int64_t kUnevenHeads = 16;
-
 template <class T, Terms kTerms>
 void run_forward(const Problem& p, const Execution& execution) {
   using Config = ForwardConfig<FAE_HEAD_DIM, kTerms>;
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
-  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, group = p.heads / p.heads_kv;
-  const int64_t head_bytes = (rows_k + 1) * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(sizeof(T));
-  const int64_t cached_heads = std::max<int64_t>(1, kCachedBytes / head_bytes) * group;
-  schedule.group_pairs(p.uneven() ? std::min(cached_heads, kUnevenHeads) : 1);
+  const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k;
+  schedule.group_pairs(concurrent_heads(p));
   schedule.last_first = true;
 
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
@@ -450,7 +443,10 @@ void run_forward(const Problem& p, const Execution& execution) {
                          make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
                          make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
                          make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows)};
-  const cuda::Grid grid{blocks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
+  const cuda::Grid grid{.blocks = blocks,
+                        .threads = Config::kThreads,
+                        .shared_bytes = ForwardMemory<T, Config>::kBytes,
+                        .overlaps = true};
   cuda::launch("sm90 forward", forward_kernel<T, Config, kTerms>, grid, execution.stream, call);
 }
 

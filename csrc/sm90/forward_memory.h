@@ -19,6 +19,11 @@ struct ForwardCall {
   TensorMap q, k, v, out;
 };
 
+// Heads whose tiles run side by side where some tiles are longer than others: enough to begin with the long ones. Tiles
+// of a head then walk through its K and V not far from each other, so that the second-level cache need not hold all of
+// it. Even tiles run head by head: then one load from memory serves all.
+FAE_INLINE int64_t concurrent_heads(const Problem& p) { return p.uneven() ? 16 : 1; }
+
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {
   int batch = 0, head = 0, head_kv = 0, row_begin = 0, q_start = 0, k_start = 0;  // batch -1: there are no more
@@ -38,27 +43,41 @@ struct ForwardMemory {
   // One tile is being finished, the next one's Q may be there, and the one after that is known to the loading warp.
   using Tiles = NumberedBuffers<3>;
 
-  static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes;
-  static constexpr int kK = Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
-  static constexpr int kWork = kV + Config::kStagesV * V::kBytes,
-                       kBlocksBytes = static_cast<int>(sizeof(KeyBlocks<int>));
+  // What products read doubled comes first, as in BackwardMemory.
+  static constexpr int kSelectors = 0, kStatistics = Config::kHasStatistics ? kSelectorsBytes : 0;
+  static constexpr int kStatisticsBytes = Config::kHasStatistics ? Config::kKeys * 16 : 0;  // of a stage of K
+  static constexpr int kWork = kStatistics + Config::kStagesK * kStatisticsBytes;
+  static constexpr int kBlocksBytes = static_cast<int>(sizeof(KeyBlocks<int>));
   static constexpr int kWorkBytes = static_cast<int>(sizeof(Work)) + (Config::kWarpgroups + 1) * kBlocksBytes;
   static constexpr int kBarriers = kWork + Tiles::kCount * kWorkBytes;
   static constexpr int kRingK = kBarriers + RingQ::kBytes, kRingV = kRingK + RingK::kBytes;
   static constexpr int kOutFull = kRingV + RingV::kBytes, kTail = kOutFull + 8 * Config::kStagesQ;
-  static constexpr int kTurns = kTail + 8, kBytes = kTurns + 8 * Config::kWarpgroups;
+  static constexpr int kTurns = kTail + 8;
+  // The rows of a tile: Q, and behind it dO where there is one.
+  static constexpr int kQ = (kTurns + 8 * Config::kWarpgroups + 1023) / 1024 * 1024;
+  static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes * (Config::kHasDout ? 2 : 1);
+  static constexpr int kK = kQ + Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
+  static constexpr int kBytes = kV + Config::kStagesV * V::kBytes;
   static_assert(kBytes <= 227 * 1024);
 
   uint32_t base;
 
-  __device__ Q q(int stage, int warpgroup) const { return {base + stage * kQBytes + warpgroup * Q::kBytes}; }
-  __device__ O o(int stage, int warpgroup) const { return {base + stage * kQBytes + warpgroup * Q::kBytes}; }
+  // The same, for operands that do not change from step to step: told that they do not, the compiler would keep their
+  // descriptors, in registers that there are not.
+  __device__ __forceinline__ ForwardMemory unknown() const { return {opaque(base)}; }
+
+  __device__ Q q(int stage, int warpgroup) const { return {base + kQ + stage * kQBytes + warpgroup * Q::kBytes}; }
+  __device__ Q dout(int stage, int warpgroup) const { return q(stage, Config::kWarpgroups + warpgroup); }
+  __device__ O o(int stage, int warpgroup) const { return {q(stage, warpgroup).base}; }
   __device__ K k(int stage) const { return {base + kK + stage * K::kBytes}; }
   __device__ V v(int stage) const { return {base + kV + stage * V::kBytes}; }
+  __device__ uint32_t lse_selector() const { return base + kSelectors; }
+  __device__ uint32_t delta_selector() const { return base + kSelectors + 128; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
   __device__ RingQ ring_q() const { return RingQ(base + kBarriers); }
   __device__ RingK ring_k() const { return RingK(base + kRingK); }
   __device__ RingV ring_v() const { return RingV(base + kRingV); }
-  // O is complete in the place of Q; rows of V have arrived, of which some must be cleared.
+  // O is complete in the place of Q; rows of K or V have arrived, of which some must be cleared.
   __device__ uint32_t out_full(int stage) const { return base + kOutFull + 8 * stage; }
   __device__ uint32_t tail_full() const { return base + kTail; }
   // The warpgroup before has had its turn.

@@ -7,13 +7,16 @@
 
 namespace fae::sm90 {
 
-// Takes tiles and loads their Q, K and V.
-template <class T, class Config>
+// Takes tiles and loads their Q, K and V; for a gradient also dO and statistics (Config says what is called so).
+template <class T, class Config, class Call = ForwardCall>
 class Loader {
   using Memory = ForwardMemory<T, Config>;
+  // Where tiles wait for tiles before them, those have to be certain to run: none is kept for a thread block that may
+  // not have begun.
+  static constexpr bool kDrawsAll = Config::kFromKeys;
 
  public:
-  __device__ Loader(const ForwardCall& call, const Memory& memory)
+  __device__ Loader(const Call& call, const Memory& memory)
       : call_(call),
         p_(call.p),
         memory_(memory),
@@ -23,6 +26,7 @@ class Loader {
         first_(lane_index() == 0) {}
 
   __device__ void run() {
+    index_ = kDrawsAll ? draw() : blockIdx.x;
     plan(0);
     publish(0);
 #pragma unroll 1
@@ -41,13 +45,14 @@ class Loader {
 #pragma unroll 1
     while (work.batch < 0 && index_ < static_cast<unsigned>(call_.schedule.size())) {
       const Tile tile = call_.schedule[index_];
-      index_ = gridDim.x + (call_.counter ? uniform(first_ ? atomicAdd(call_.counter, 1) : 0) : index_);
+      index_ = kDrawsAll ? draw() : gridDim.x + (call_.counter ? draw() : index_);
       const Sequence s = sequence_of(p_, tile.batch);
       if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
+      const int head = static_cast<int>(tile.head), head_kv = static_cast<int>(static_cast<unsigned>(head) / group);
       work = {static_cast<int>(tile.batch),
-              static_cast<int>(tile.head),
-              static_cast<int>(static_cast<unsigned>(tile.head) / group),
+              Config::kFromKeys ? head_kv : head,
+              Config::kFromKeys ? head : head_kv,
               static_cast<int>(tile.block) * Config::kRows,
               static_cast<int>(s.q_start),
               static_cast<int>(s.k_start),
@@ -64,7 +69,10 @@ class Loader {
     __syncwarp();
   }
 
-  // In the order in which things are used: blocks from the last to the first, V behind the K of the block after it.
+  __device__ unsigned draw() const { return static_cast<unsigned>(uniform(first_ ? atomicAdd(call_.counter, 1) : 0)); }
+
+  // In the order in which things are used: blocks from the last to the first, and if V is late, behind the K of the
+  // block after it.
   __device__ void load(unsigned number, const Work& work) {
     const KeyBlocks<int> blocks = memory_.read_blocks(number, Config::kWarpgroups);
     const Keys keys = {p_.cu_seqlens_k ? 0 : work.batch, work.head_kv, work.k_start, work.band.seqlen_k};
@@ -72,8 +80,9 @@ class Loader {
     plan(number + 1);
 #pragma unroll 1
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+      if (!Config::kLatePv) load_v(keys, block + 1);
       load_k(keys, block);
-      load_v(keys, block + 1);
+      if (Config::kLatePv) load_v(keys, block + 1);
     }
     // The last V waits for its place; Q, if it has several, need not. One alone becomes free later.
     if (Config::kStagesQ > 1) publish(number + 1);
@@ -93,9 +102,12 @@ class Loader {
     q_.wait_empty();
     if (first_ && with_q) {
       arrive_expecting(q_.full(), Memory::kQBytes);
-      for (int w = 0; w < Config::kWarpgroups; ++w)
-        load_tile(memory_.q(q_.stage(), w), call_.q, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
-                  p_.cu_seqlens_q ? 0 : work.batch, q_.full());
+      for (int w = 0; w < Config::kWarpgroups; ++w) {
+        const int row = work.q_start + work.row_begin + w * kWarpgroupRows, batch = p_.cu_seqlens_q ? 0 : work.batch;
+        load_tile(memory_.q(q_.stage(), w), call_.q, row, work.head, batch, q_.full());
+        if constexpr (Config::kHasDout)
+          load_tile(memory_.dout(q_.stage(), w), call_.dout, row, work.head, batch, q_.full());
+      }
     } else if (first_) {
       arrive(q_.full());
     }
@@ -103,43 +115,47 @@ class Loader {
   }
 
   __device__ void load_k(const Keys& keys, int block) {
-    k_.wait_empty();
-    if (first_) {
-      arrive_expecting(k_.full(), Memory::K::kBytes);
-      load_tile(memory_.k(k_.stage()), call_.k, keys.start + block * Config::kKeys, keys.head, keys.batch, k_.full());
-    }
-    k_.advance();
+    constexpr bool kWithStatistics = Config::kHasStatistics;
+    load<kWithStatistics>(k_, memory_.k(k_.stage()), call_.k, keys, block, Config::kClearsK);
   }
-
   __device__ void load_v(const Keys& keys, int block) {
+    load<false>(v_, memory_.v(v_.stage()), call_.v, keys, block, true);
+  }
+  // `tile` is the ring's next place. clears: weights of 0 do not hide what lies behind the sequence where the tensor
+  // goes on, since 0 times NaN is NaN.
+  template <bool kWithStatistics, class Ring, class Tile>
+  __device__ void load(Ring& ring, const Tile& tile, const TensorMap& map, const Keys& keys, int block, bool clears) {
     const int key = block * Config::kKeys, valid = keys.seqlen - key;
-    // Where the tensor goes on after the sequence. Masked keys have P = 0, but 0 times what lies there may be NaN.
-    const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
-    v_.wait_empty();
+    const bool tail = clears && valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
+    ring.wait_empty();
     if (first_) {
-      const uint32_t barrier = tail ? memory_.tail_full() : v_.full();
-      arrive_expecting(barrier, Memory::V::kBytes);
-      load_tile(memory_.v(v_.stage()), call_.v, keys.start + key, keys.head, keys.batch, barrier);
+      const uint32_t barrier = tail ? memory_.tail_full() : ring.full();
+      arrive_expecting(barrier, Tile::kBytes + (kWithStatistics ? Memory::kStatisticsBytes : 0));
+      load_tile(tile, map, keys.start + key, keys.head, keys.batch, barrier);
+      if constexpr (kWithStatistics)
+        load_box(memory_.statistics(ring.stage()), call_.statistics, 0, keys.start + key, keys.head, keys.batch,
+                 barrier);
     }
     if (tail) {
       wait(memory_.tail_full(), tail_parity_);
       tail_parity_ ^= 1;
-      clear_rows(memory_.v(v_.stage()), valid);
+      clear_rows(tile, valid);
+      if constexpr (kWithStatistics) clear_statistics(memory_.statistics(ring.stage()), valid, Config::kKeys);
       fence_async_proxy();
       __syncwarp();
-      if (first_) arrive(v_.full());
+      if (first_) arrive(ring.full());
     }
-    v_.advance();
+    ring.advance();
   }
 
-  const ForwardCall& call_;
+  const Call& call_;
   const Problem& p_;
   const Memory memory_;
   typename Memory::RingQ q_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
-  unsigned index_ = blockIdx.x;  // of the next tile that is taken
-  const bool first_;             // the lane that talks to the accelerator
+  unsigned index_ = 0;  // of the next tile that is taken
+  const bool first_;    // the lane that talks to the accelerator
   uint32_t tail_parity_ = 0;
 };
 

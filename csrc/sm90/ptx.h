@@ -77,6 +77,12 @@ __device__ __forceinline__ void store_box(const TensorMap& map, int col, int row
                "r"(col), "r"(row), "r"(head), "r"(batch), "r"(address)
                : "memory");
 }
+// Kernels launched with Grid::overlaps may begin when all thread blocks of the one before have let them, or have ended;
+// all that it has written is there after a wait. Until then, its thread blocks that still run keep their
+// multiprocessors.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // All but the kLeft newest groups have read shared memory; have written global memory.
 template <int kLeft>

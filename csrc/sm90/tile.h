@@ -53,6 +53,33 @@ __device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a,
   commit_products();
 }
 
+// S = A B^T, and with kFolds the part of the statistics of B's rows (cuda/delta.h) that `selector` takes; started.
+template <bool kFolds, class A, class B, int N>
+__device__ __forceinline__ void start_folded(Accumulator<1, N>& s, uint32_t selector, const A& a, const B& b,
+                                             uint32_t statistics) {
+  if constexpr (kFolds)
+    multiply_async(s.x[0], doubled_descriptor(selector, 0), doubled_descriptor(statistics, 8 * 16), false,
+                   __nv_bfloat16{});
+  multiply_straight(s, a, b, kFolds);
+  commit_products();
+}
+
+// Zeros in the statistics of rows from `begin` on, by one warp.
+__device__ inline void clear_statistics(uint32_t statistics, int begin, int end) {
+  for (int i = begin + lane_index(); i < end; i += cuda::kWarpThreads)
+    sm80::store_shared_16_bytes(statistics + 16 * i, uint4{0, 0, 0, 0});
+}
+
+// Left factors that take -lse / scale, and 128 bytes on those that take -delta, from the statistics: 8 equal rows of
+// (1, 1, 1, 0, 0, 0, 0, 0), and of (0, 0, 0, 1, 1, 1, 0, 0). By 64 threads.
+constexpr int kSelectorsBytes = 2 * 128;
+__device__ inline void init_selectors(uint32_t selectors, int thread) {
+  const int pair = thread % 4 * 2, first = thread / 32 * 3;
+  const auto one = [&](int i) { return i >= first && i < first + 3 ? 1.0f : 0.0f; };
+  sm80::store_shared(selectors + 4 * thread, sm80::pack(one(pair), one(pair + 1), __nv_bfloat16{}));
+  fence_async_proxy();
+}
+
 // O += P V, its steps only. P in registers, one fragment per 16 rows of V.
 template <class V, int N, int kSteps>
 __device__ __forceinline__ void multiply_transposed(Accumulator<1, N>& o, const uint32_t (&p)[kSteps][4], const V& v) {

@@ -1,0 +1,368 @@
+#pragma once
+
+#include "../cuda/backward_space.h"
+#include "../cuda/launch.h"
+#include "backward_visit.h"
+#include "forward_movers.h"
+
+// The backward of head dims beyond 128, where scores have no terms: a kernel for each gradient.
+//   dQ = dS K,  dK = dS^T Q,  dV = P^T dO,  where P = exp(S - lse), dS = P (dP - delta), S = Q K^T, dP = dO V^T.
+// That is eight products instead of five. But a gradient of 128 rows or keys stays in the registers of two warpgroups,
+// as O does in the forward, and so do its P and dS: nobody adds to dQ in memory, and no warpgroup waits for another,
+// which took more time than the products do.
+//
+// Thread blocks go through tiles as those of the forward do (forward.cu), with its loading warp. The kernels for dK and
+// dV look at the problem from the keys: queries and keys, and with them all that belongs to either, change places
+// (config.h, Gradient).
+
+namespace fae::sm90 {
+
+constexpr int kGradients = 3;
+
+struct GradientCall {
+  Problem p;  // from the keys' side: with queries and keys exchanged, but for the number of heads
+  GridSchedule schedule;
+  int* counter;  // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
+  TensorMap q = {}, k = {}, v = {}, dout = {}, statistics = {};
+  StatsView lse = {}, delta = {};  // of rows
+  TensorView gradient = {};
+  int cols = 0;
+  float scale = 1;       // of the gradient
+  int* turns = nullptr;  // [KV head or batch x KV head][tile][warp]: query heads that are done
+  float* partial =
+      nullptr;  // the same by tile: what they have added up, by warpgroup in the order of the threads that hold it
+};
+
+// A warpgroup that computes, with 64 rows of the gradient.
+template <class T, class Config>
+class GradientComputer {
+  using Memory = ForwardMemory<T, Config>;
+  static constexpr Gradient kGradient = Config::kGradient;
+  static constexpr bool kFromKeys = Config::kFromKeys;  // then products bring lse and delta along
+  static constexpr int N = Config::kKeys / 8, ND = Config::kDim / 8, kSteps = Config::kKeys / 16;
+
+ public:
+  __device__ GradientComputer(const GradientCall& call, const Memory& memory, int warp)
+      : call_(call),
+        memory_(memory),
+        q_(memory.ring_q()),
+        k_(memory.ring_k()),
+        v_(memory.ring_v()),
+        warpgroup_(warp / 4),
+        warp_row_(warp % 4 * 16),
+        scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
+
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (;; ++tile_) {
+      q_.wait_full();
+      if (work().batch < 0) return;
+      gradient_.fill(0);
+      const KeyBlocks<int> mine = memory_.read_blocks(tile_, warpgroup_);
+      const KeyBlocks<int> all = memory_.read_blocks(tile_, Config::kWarpgroups);
+      skip(all.end - (mine.empty() ? all.begin : mine.end));
+      if (!mine.empty()) {
+        kGradient == Gradient::value ? walk_values(mine) : walk(mine);
+        skip(mine.begin - all.begin);
+      } else {
+        release(q_);
+      }
+      finish();
+    }
+  }
+
+ private:
+  // What is known about the tile is read anew wherever it is needed: there are no registers that could hold it.
+  __device__ __forceinline__ Work work() const { return memory_.read_work(tile_); }
+  __device__ __forceinline__ int row_begin(const Work& work) const {  // of the warp
+    return work.row_begin + warpgroup_ * kWarpgroupRows + warp_row_;
+  }
+
+  // Blocks that only the other warpgroup's rows see.
+  __device__ __forceinline__ void skip(int blocks) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      k_.wait_full();
+      release(k_);
+      v_.wait_full();
+      release(v_);
+    }
+  }
+
+  // dQ or dK: all blocks that the rows see, from the last to the first. S and dP are a block ahead; after the last
+  // ones, the next tile's rows can come.
+  __device__ __forceinline__ void walk(const KeyBlocks<int>& blocks) {
+    if constexpr (!kFromKeys) load_statistics();
+    typename Memory::RingK ahead = k_;
+    start_scores(ahead);
+    start_dprob(ahead);
+    wait_products<1>();
+    finish_scores(blocks, blocks.end - 1);
+    finish_dprob(ahead);
+#pragma unroll 1
+    for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+      start_gradient(memory_.k(k_.stage()));
+      start_scores(ahead);
+      wait_products<1>();
+      finish_gradient(k_);
+      start_dprob(ahead);  // not before: there are no registers for it beside dS
+      wait_products<1>();
+      finish_scores(blocks, block);
+      finish_dprob(ahead);
+    }
+    release(q_);
+    start_gradient(memory_.k(k_.stage()));
+    wait_products<0>();
+    finish_gradient(k_);
+  }
+
+  // dV, likewise.
+  __device__ __forceinline__ void walk_values(const KeyBlocks<int>& blocks) {
+    start_scores(k_);
+    wait_products<0>();
+    finish_scores(blocks, blocks.end - 1);
+    release(k_);
+    pack(scores_);
+#pragma unroll 1
+    for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+      start_scores(k_);
+      v_.wait_full();
+      start_gradient(memory_.v(v_.stage()));
+      wait_products<1>();
+      finish_scores(blocks, block);
+      release(k_);
+      wait_products<0>();
+      finish_gradient(v_);
+      pack(scores_);
+    }
+    release(q_);
+    v_.wait_full();
+    start_gradient(memory_.v(v_.stage()));
+    wait_products<0>();
+    finish_gradient(v_);
+  }
+
+  // lse (0 of a row without keys) and delta.
+  __device__ __forceinline__ void load_statistics() {
+    const Work tile = work();
+    gradient_.for_each_row([&](int m, int half) {
+      const int row = min(row_begin(tile) + gradient_.row(m, half), tile.band.seqlen_q - 1);
+      const auto statistic = [&](const StatsView& view) {
+        return *stats_ptr<float>(view, tile.batch, tile.q_start + row, tile.head);
+      };
+      lse_log2_[half] = finite_max(statistic(call_.lse)) * cuda::kLog2e;
+      delta_[half] = statistic(call_.delta);
+    });
+  }
+
+  // S = Q K^T, from the keys' side less lse / scale.
+  __device__ __forceinline__ void start_scores(const typename Memory::RingK& k) {
+    k.wait_full();
+    const Memory memory = memory_.unknown();
+    begin_products();
+    start_folded<kFromKeys>(scores_, memory.lse_selector(), memory.q(0, warpgroup_), memory_.k(k.stage()),
+                            memory_.statistics(k.stage()));
+  }
+  // dP = dO V^T, from the keys' side less delta.
+  __device__ __forceinline__ void start_dprob(const typename Memory::RingK& k) {
+    v_.wait_full();
+    const Memory memory = memory_.unknown();
+    begin_products();
+    start_folded<kFromKeys>(dprob_, memory.delta_selector(), memory.dout(0, warpgroup_), memory_.v(v_.stage()),
+                            memory_.statistics(k.stage()));
+  }
+
+  // P. No probability exceeds 1, but for the rounding of huge scores.
+  __device__ __forceinline__ void finish_scores(const KeyBlocks<int>& blocks, int block) {
+    fence_registers(scores_.x[0]);
+    if (!blocks.is_full(block)) {
+      const Work tile = work();
+      cuda::mask_band(scores_, tile.band, row_begin(tile), block * Config::kKeys);
+    }
+    scores_.for_each([&](int m, int half, int n, int e) {
+      float& x = scores_.at(m, half, n, e);
+      x = cuda::exp2_approx(fminf(kFromKeys ? x * scale_log2_ : fmaf(x, scale_log2_, -lse_log2_[half]), 0.0f));
+    });
+    fence_registers(scores_.x[0]);
+  }
+  // dS, as left operand.
+  __device__ __forceinline__ void finish_dprob(typename Memory::RingK& ahead) {
+    wait_products<0>();
+    ahead.advance();
+    fence_registers(dprob_.x[0]);
+    release(v_);
+    dprob_.for_each([&](int m, int half, int n, int e) {
+      float& x = dprob_.at(m, half, n, e);
+      x = scores_.at(m, half, n, e) * (kFromKeys ? x : x - delta_[half]);
+    });
+    pack(dprob_);
+  }
+  __device__ __forceinline__ void pack(const Accumulator<1, N>& x) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(x, 0, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left_[k][i] = fragment.x[i];
+    }
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void start_gradient(const Tile& right) {
+    fence_registers(gradient_.x[0]);
+    fence_registers(left_);
+    begin_products();
+    start_transposed(gradient_, left_, right);
+  }
+  template <class Ring>
+  __device__ __forceinline__ void finish_gradient(Ring& ring) {
+    fence_registers(gradient_.x[0]);
+    release(ring);
+  }
+
+  __device__ __forceinline__ void finish() {
+    const Work tile = work();
+    const auto write = [&] {
+      const int row = row_begin(tile);
+      sm80::write_rows<T, true>(gradient_, call_.gradient, tile.batch, tile.q_start + row, tile.head,
+                                tile.band.seqlen_q - row, 0, call_.cols, call_.scale);
+    };
+    if constexpr (!kFromKeys) return write();
+    // Query heads that share the keys add to each other.
+    const GridSchedule& tiles = call_.schedule;
+    const int heads = static_cast<int>(call_.p.heads_kv), group = static_cast<int>(call_.p.heads) / heads;
+    const int rank = tile.head_kv % group, blocks = static_cast<int>(tiles.blocks);
+    const int first = tiles.packed.cu_seqlens ? tiles.packed.first(tile.batch) + tile.head * blocks
+                                              : (tile.batch * heads + tile.head) * blocks;
+    const int slot = first + tile.row_begin / Config::kRows;
+    float* const partial = call_.partial + int64_t{slot} * Config::kRows * Config::kDim;
+    take_turn(
+        call_.turns + slot * 4 * Config::kWarpgroups + warpgroup_ * 4 + warp_row_ / 16, rank, rank + 1 == group,
+        [&] { leave(partial, warpgroup_ * ND, gradient_, rank); },
+        [&] {
+          collect(partial, warpgroup_ * ND, gradient_, rank);
+          write();
+        });
+  }
+
+  template <class Ring>
+  __device__ __forceinline__ static void release(Ring& ring) {
+    arrive_if(ring.empty(), lane_index() == 0);
+    ring.advance();
+  }
+
+  const GradientCall& call_;
+  const Memory memory_;
+  typename Memory::RingQ q_;
+  typename Memory::RingK k_;
+  typename Memory::RingV v_;
+  const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
+  const float scale_log2_;
+  unsigned tile_ = 0;
+  float lse_log2_[2], delta_[2];
+  Accumulator<1, N> scores_, dprob_;
+  uint32_t left_[kSteps][4];
+  Accumulator<1, ND> gradient_;
+};
+
+template <class T, class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) gradient_kernel(const __grid_constant__ GradientCall call) {
+  const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  if (Config::kHasStatistics && threadIdx.x < 64) init_selectors(memory.lse_selector(), static_cast<int>(threadIdx.x));
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&call.q, &call.k, &call.v}) prefetch(*map);
+    if (Config::kHasDout) prefetch(call.dout);
+    if (Config::kHasStatistics) prefetch(call.statistics);
+    memory.init_barriers();
+  }
+  __syncthreads();
+  // The three kernels need nothing of each other: one begins where the one before has nothing left to do, and ends
+  // after it, so that what follows the last one follows all of them.
+  if (Config::kGradient == Gradient::query) wait_for_previous();
+  let_next_begin();
+  const int warp = uniform(warp_index());
+  if (warp < 4) {
+    give_registers_back<Config::kMoverRegisters>();
+    if (warp == 0) Loader<T, Config, GradientCall>(call, memory).run();
+    if (warp == 1 && Config::kGradient != Gradient::query) wait_for_previous();
+  } else {
+    take_registers<Config::kComputeRegisters>();
+    GradientComputer<T, Config>(call, memory, warp - 4).run();
+  }
+}
+
+// ---- Host -----------------------------------------------------------------------------------------------------------
+
+inline Problem seen_from_keys(const BackwardProblem& p) {
+  Problem seen = p;
+  std::swap(seen.max_seqlen_q, seen.max_seqlen_k);
+  std::swap(seen.total_q, seen.total_k);
+  std::swap(seen.cu_seqlens_q, seen.cu_seqlens_k);
+  std::swap(seen.seqused_q, seen.seqused_k);
+  std::swap(seen.window_left, seen.window_right);
+  return seen;
+}
+
+// All but the roles of tensors and what becomes of the gradient.
+template <class T, class Config>
+GradientCall gradient_call(const Problem& p, int* counter) {
+  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+  schedule.group_pairs(concurrent_heads(p), Config::kFromKeys ? p.heads / p.heads_kv : 1);
+  schedule.last_first = !Config::kFromKeys;  // the longest tiles of a causal mask
+  return {p, schedule, Config::kFromKeys || p.uneven() ? counter : nullptr};
+}
+
+template <class T, class Config>
+void launch_gradient(const char* name, const GradientCall& call, const Execution& execution) {
+  const cuda::Grid grid{.blocks = std::min<int64_t>(call.schedule.size(), cuda::multiprocessors()),
+                        .threads = Config::kThreads,
+                        .shared_bytes = ForwardMemory<T, Config>::kBytes,
+                        .overlaps = true};
+  cuda::launch(name, gradient_kernel<T, Config>, grid, execution.stream, call);
+}
+
+// The problem and its workspace as prepare_backward has left them.
+template <class T, int kHeadDim, class Space>
+void run_separate_kernels(const BackwardProblem& p, const Space& space, const Execution& execution) {
+  using QueryConfig = GradientConfig<kHeadDim, Gradient::query>;
+  using KeyConfig = GradientConfig<kHeadDim, Gradient::key>;
+  using ValueConfig = GradientConfig<kHeadDim, Gradient::value>;
+  static_assert(KeyConfig::kRows == QueryConfig::kRows && ValueConfig::kKeys == QueryConfig::kKeys);
+  const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
+  const auto of_queries = [&](const TensorView& view, int64_t cols, int rows) {
+    return make_tensor_map(p.dtype, view, {cols, p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, p.heads, batch}, rows);
+  };
+  const auto of_keys = [&](const TensorView& view, int64_t cols, int rows) {
+    return make_tensor_map(p.dtype, view, {cols, p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, p.heads_kv, batch}, rows);
+  };
+  const TensorView statistics{space.statistics, 8 * p.delta.stride_batch, 8, 8 * p.delta.stride_head};
+  const float scale = static_cast<float>(p.softmax_scale);
+  constexpr int kBlock = QueryConfig::kKeys;
+  int* const counters = space.others();
+
+  GradientCall dq = gradient_call<T, QueryConfig>(p, counters);
+  dq.q = of_queries(p.q, p.head_dim, kWarpgroupRows), dq.dout = of_queries(p.dout, p.head_dim_v, kWarpgroupRows);
+  dq.k = of_keys(p.k, p.head_dim, kBlock), dq.v = of_keys(p.v, p.head_dim_v, kBlock);
+  dq.lse = p.lse, dq.delta = p.delta;
+  dq.gradient = p.dq, dq.cols = static_cast<int>(p.head_dim), dq.scale = scale;
+  launch_gradient<T, QueryConfig>("sm90 dQ", dq, execution);
+
+  const Problem seen = seen_from_keys(p);
+  GradientCall dk = gradient_call<T, KeyConfig>(seen, counters + 1);
+  dk.q = of_keys(p.k, p.head_dim, kWarpgroupRows), dk.dout = of_keys(p.v, p.head_dim_v, kWarpgroupRows);
+  dk.k = of_queries(p.q, p.head_dim, kBlock), dk.v = of_queries(p.dout, p.head_dim_v, kBlock);
+  dk.statistics = make_tensor_map(DType::bfloat16, statistics,
+                                  {8, p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, p.heads, batch}, kBlock, 8);
+  dk.gradient = p.dk, dk.cols = static_cast<int>(p.head_dim), dk.scale = scale;
+  dk.turns = counters + kGradients, dk.partial = space.dkv_partial;
+  launch_gradient<T, KeyConfig>("sm90 dK", dk, execution);
+
+  GradientCall dv = gradient_call<T, ValueConfig>(seen, counters + 2);
+  dv.q = dk.q, dv.k = dk.k, dv.v = dk.v, dv.statistics = dk.statistics;
+  dv.gradient = p.dv, dv.cols = static_cast<int>(p.head_dim_v);
+  const int64_t slots = space.shared_key_blocks(p);
+  dv.turns = dk.turns + slots * 4 * ValueConfig::kWarpgroups;
+  dv.partial = dk.partial + slots * ValueConfig::kRows * ValueConfig::kDim;
+  launch_gradient<T, ValueConfig>("sm90 dV", dv, execution);
+}
+
+}  // namespace fae::sm90
