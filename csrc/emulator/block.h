@@ -68,7 +68,7 @@ struct TensorMap {
   int element_size = 0, box_cols = 0, box_rows = 0;
 };
 struct BoxCopy {
-  const TensorMap* map;
+  TensorMap map;  // its own: the thread that starts the copy may be gone when that happens
   int position[4];
   uint32_t shared_offset;
 };

@@ -21,10 +21,10 @@ inline void prefetch(const TensorMap&) {}
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void load_box(uint32_t address, const TensorMap& map, int col, int row, int head, int batch, uint32_t barrier) {
-  emulator::load_box_later({&map, {col, row, head, batch}, address}, barrier);
+  emulator::load_box_later({map, {col, row, head, batch}, address}, barrier);
 }
 inline void store_box(const TensorMap& map, int col, int row, int head, int batch, uint32_t address) {
-  emulator::store_box_later({&map, {col, row, head, batch}, address});
+  emulator::store_box_later({map, {col, row, head, batch}, address});
 }
 inline void commit_stores() { emulator::close_store_group(); }
 template <int kLeft>
