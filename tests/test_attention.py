@@ -181,6 +181,25 @@ def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        Case(batch=3, seqlen_q=150, seqlen_k=200, heads=2, head_dim=64, bias="1hqk"),
+        Case(seqlen_q=136, seqlen_k=264, head_dim=128, bias="b1qk"),
+        Case(seqlen_q=300, seqlen_k=264, heads=6, head_dim=64, bias="11qk", window_right=0),
+        Case(seqlen_q=264, seqlen_k=392, head_dim=128, bias="1hqk", window_left=70, window_right=5, sinks=True),
+        Case(seqlen_q=130, seqlen_k=72, heads_kv=1, head_dim=256, bias="11qk", window_right=0),
+        Case(seqlen_q=130, seqlen_k=72, heads_kv=1, head_dim=160, bias="b1qk"),
+        Case(seqlen_q=40, seqlen_k=56, heads=2, head_dim=24, head_dim_v=40, bias="1hqk"),
+        *(Case(seqlen_q=40, seqlen_k=152, heads=2, bias="1hqk", bias_values=values) for values in BIAS_VALUES),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_shared_bias(device: str, dtype: torch.dtype, case: Case) -> None:
+    """Sums over a batch, over heads and over both, of tiles of which some end early and some see nothing."""
+    check(case.but(dtype=dtype), device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
         Case(batch=2, seqlen_q=1100, seqlen_k=140, heads=3, heads_kv=1, head_dim=64),
         Case(batch=1, seqlen_q=530, seqlen_k=270, heads=8, heads_kv=4, head_dim=128, window_right=0),
         Case(

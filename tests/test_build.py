@@ -109,9 +109,9 @@ def test_main_loops_do_not_spill() -> None:
     """Plain attention on aligned tensors, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
     In kernels for every GPU, loops for blocks of which something is hidden have a few values more. The Hopper backward
-    stays there with all terms, but for one value beside ALiBi. Other kernels for several terms, float32, larger head
-    dims and unaligned tensors have more values than there are registers: what they spill beside thousands of
-    instructions is not to grow.
+    stays there with all terms, but for one value beside ALiBi; so does the Hopper gradient of a bias. Other kernels for
+    several terms, float32, larger head dims and unaligned tensors have more values than there are registers: what they
+    spill beside thousands of instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.cuobjdump():
@@ -131,6 +131,8 @@ def test_main_loops_do_not_spill() -> None:
             general = terms[2] == "6"
             backward = "backward_kernel" in name
             most = MOST_SPILLS_OF_ONE_TERM if not general else 0 if backward else MOST_SPILLS
+        elif "sm90::" in name and "bias_gradient_kernel" in name:
+            most = 0
         else:
             most = MOST_SPILLS
         assert max(spills) <= most, f"{name}: {spills} instructions"

@@ -13,6 +13,7 @@ CASES = (
     Case(seqlen_q=130, seqlen_k=300, heads=6, heads_kv=2, window_right=0, bias="1h1k", sinks=True),
     Case(seqlen_q=1, seqlen_k=3000, heads=4, heads_kv=2, batch=1),
     Case(seqlen_q=96, seqlen_k=96, bias="11qk", softcap=5.0, dropout_p=0.2, alibi="h", window_left=40),
+    Case(batch=4, seqlen_q=330, seqlen_k=264, heads=4, heads_kv=2, head_dim=64, bias="11qk", window_right=0),
     Case(lengths_q=(100, 0, 33), lengths_k=(70, 12, 333), heads=2, heads_kv=1, bias="b11k", tail=3),
 )
 

@@ -20,6 +20,7 @@ CASES = (
     Case(seqlen_q=140, seqlen_k=200, dtype=torch.bfloat16),
     Case(seqlen_q=140, seqlen_k=200, window_right=0, head_dim=128, batch=1, dtype=torch.float16),
     Case(bias="1hqk", sinks=True, dropout_p=0.3, window_left=20, dtype=torch.bfloat16),
+    Case(seqlen_q=260, seqlen_k=264, bias="11qk", window_right=0, head_dim=64, dtype=torch.bfloat16),
     Case(lengths_q=(100, 0, 33), lengths_k=(70, 12, 233), head_dim=96, dtype=torch.float16),
     Case(head_dim=200, batch=1, heads=2, dtype=torch.bfloat16),
     Case(head_dim=400, batch=1, heads=2),
@@ -51,6 +52,40 @@ def test_it_is_the_kernels_that_run(backend: str) -> None:
     emulated = torch.ops.flash_attn_ext.forward(q, k, v, *options, 0.125, 0.0, 0.0, False)[0]
     _C.set_backends(["cpu"])
     assert not torch.equal(torch.ops.flash_attn_ext.forward(q, k, v, *options, 0.125, 0.0, 0.0, False)[0], emulated)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "sm90 bias gradient"),
+        ({"window_right": 0, "sinks": True, "heads_kv": 1, "head_dim": 128}, "sm90 bias gradient"),
+        ({"bias": "b1qk"}, "sm90 bias gradient"),
+        ({"batch": 4, "bias": "11qk"}, "sm90 bias gradient sum"),  # few tiles, whose visits are shared out
+        # What has no kernel of its own here.
+        ({"bias": "1h1k"}, "sm80 bias gradient"),
+        ({"seqlen_k": 70}, "sm80 bias gradient"),  # rows do not begin at multiples of 16 bytes
+        ({"softcap": 3.0}, "sm80 bias gradient"),
+        ({"used_k": (70, 41)}, "sm80 bias gradient"),
+        ({"dtype": torch.float32}, "sm80 bias gradient"),
+    ],
+    ids=str,
+)
+def test_kernel_of_the_gradient_of_a_shared_bias(changes: dict[str, object], kernel: str) -> None:
+    def count(name: str) -> int:
+        function = ctypes.CDLL(str(EMULATOR)).fae_count_grids
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+        return function(name.encode())
+
+    case = Case(seqlen_q=40, seqlen_k=72, head_dim=64, bias="1hqk", dtype=torch.bfloat16).but(**changes)
+    kernels = [f"sm{level} bias gradient" for level in (80, 90)]
+    before = {name: count(name) for name in {*kernels, kernel}}
+    _C.set_backends(EMULATED["sm90_emulated"])
+    try:
+        case.run_ours(case.make())
+    finally:
+        _C.set_backends([])
+    ran = {name for name, runs in before.items() if count(name) > runs}
+    assert ran == {kernel, kernel.removesuffix(" sum")}
 
 
 def test_tf32_is_taken_where_it_is_allowed(backend: str) -> None:

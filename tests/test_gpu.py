@@ -24,6 +24,8 @@ CASES = (
     Case(seqlen_q=700, seqlen_k=700, head_dim=128, window_right=0, dtype=torch.float16, heads=8, heads_kv=2),
     Case(seqlen_q=300, seqlen_k=500, head_dim=64, bias="1hqk", sinks=True, dropout_p=0.2, dtype=torch.bfloat16),
     Case(lengths_q=(500, 0, 33, 257), lengths_k=(700, 12, 333, 257), head_dim=96, dtype=torch.bfloat16, window_right=0),
+    Case(seqlen_q=2000, seqlen_k=2000, head_dim=64, bias="1hqk", window_right=0, dtype=torch.bfloat16),
+    Case(batch=4, seqlen_q=300, seqlen_k=512, head_dim=128, bias="11qk", dtype=torch.float16),
     Case(seqlen_q=200, seqlen_k=300, head_dim=256, dtype=torch.float16),
     Case(seqlen_q=200, seqlen_k=300, head_dim=64, dtype=torch.float32),
 )

@@ -450,7 +450,7 @@ struct BackwardSpace : cuda::BackwardSpace {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
     key_blocks = key_blocks_of(p);
     dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
-    const size_t bias_bytes = p.dbias.data && !writes_dbias(p) ? sm80::bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
+    const size_t bias_bytes = p.dbias.data && !writes_dbias(p) ? bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
     bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
   }
 
@@ -485,7 +485,7 @@ template <class T, class Config, Terms kTerms>
 void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& space, const Execution& execution) {
   using Memory = BackwardMemory<T, Config>;
   const bool direct_dbias = space.writes_dbias(p);
-  if (p.dbias.data && !direct_dbias) sm80::bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
+  if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
   // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
   // together that a key block's slot is free when its successors have begun: those of as many sequences where several

@@ -142,4 +142,25 @@ struct BackwardConfig<256, kTerms> : WideBackwardTile<256> {};
 template <>
 struct BackwardConfig<256, Terms::none> : SeparateBackward<256> {};
 
+// A thread block of the gradient of a bias that broadcasts: one warpgroup that moves data and two that compute, each
+// with 64 rows of a tile. kStages: of rows (Q, dO), and of keys (K, V), in shared memory.
+template <int kKeys_, int kDim_, int kStages_>
+struct BiasGradientTile {
+  static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  static constexpr int kRows = kWarpgroups * kWarpgroupRows, kKeys = kKeys_, kDim = kDim_, kStages = kStages_;
+  static constexpr int kMoverRegisters = 40, kComputeRegisters = 232;
+  static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
+};
+
+template <int kHeadDim>
+struct BiasGradientConfig;
+template <>
+struct BiasGradientConfig<64> : BiasGradientTile<128, 64, 6> {};
+template <>
+struct BiasGradientConfig<128> : BiasGradientTile<128, 128, 3> {};
+template <>
+struct BiasGradientConfig<192> : BiasGradientTile<64, 192, 2> {};
+template <>
+struct BiasGradientConfig<256> : BiasGradientTile<64, 256, 2> {};
+
 }  // namespace fae::sm90

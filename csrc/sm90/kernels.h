@@ -14,4 +14,10 @@ size_t backward_workspace(const BackwardProblem& p);
 template <int kHeadDim>
 void backward(const BackwardProblem& p, const Execution& execution);
 
+// dbias of a bias of any shape; `workspace` holds what bias_gradient_workspace asks for.
+template <int kHeadDim>
+size_t bias_gradient_workspace(const BackwardProblem& p);
+template <int kHeadDim>
+void bias_gradient(const BackwardProblem& p, void* workspace, void* stream);
+
 }  // namespace fae::sm90
