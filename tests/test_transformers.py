@@ -18,6 +18,7 @@ pytest.importorskip("transformers", minversion="4.57", reason="transformers is n
 
 import transformers
 
+from flash_attn_ext.integrations import sdpa
 from flash_attn_ext.integrations import transformers as fa_ext
 from flash_attn_ext.integrations.masks import Band
 
@@ -150,22 +151,38 @@ MODELS = {**DECODERS, **ENCODERS, **TEXT_TO_TEXT, **OTHERS}
 # Models whose eager attention has a softmax in the model's own dtype.
 EXACT = ("bert", "roberta", "distilbert", "gpt2", "t5", "bart", "whisper", "llama4")
 
+# Models to which transformers 4 gives attention classes of their own.
+WITHOUT_INTERFACE_IN_4 = ("bert", "roberta", "modernbert", "distilbert", "qwen2_moe", "t5")
+
 # Models that do not divide their scores by the root of the head dim.
 UNSCALED = ("t5", "gpt2_scales")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    class_name, arguments = MODELS[name]
-    model_class = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    config = model_class.config_class(**arguments, **({} if name == "clip" else {"attn_implementation": "eager"}))
-    model = model_class(config)
+    if name in WITHOUT_INTERFACE_IN_4 and not VERSION_5:
+        pytest.skip("in transformers 4 it asks for no attention function")
+    model = model_of(name, "eager")
     model.set_attn_implementation("eager")
     if name not in UNSCALED:  # larger scores than those of a new model, so that a wrong one shows
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     return model.to(dtype).eval()
+
+
+def model_of(name: str, implementation: str) -> Any:
+    class_name, arguments = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    return model_class(
+        model_class.config_class(**arguments, **({} if name == "clip" else {"attn_implementation": implementation}))
+    )
+
+
+def calls() -> int:
+    """Of our attention function, by models that run or are compiled."""
+    stats = fa_ext.stats()
+    return stats.attended + stats.traced
 
 
 def token_ids(*shape: int, seed: int = 0) -> Tensor:
@@ -202,7 +219,9 @@ def step(model: Any, implementation: str, inputs: dict[str, Tensor], valid: Tens
     """Outputs at places that are tokens, and the gradients of all parameters."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
+    before = calls()
     outputs = model(**inputs)
+    assert (calls() > before) == (implementation == fa_ext.NAME)
     results = {}
     for key in ("logits", "last_hidden_state", "image_embeds", "text_embeds"):
         if getattr(outputs, key, None) is not None:
@@ -330,6 +349,25 @@ def test_a_graph_break_before_attention_keeps_causal_order() -> None:
         layer.self_attn.register_forward_pre_hook(torch._dynamo.disable(lambda module, args: None))
         layer.self_attn.forward = torch._dynamo.disable(layer.self_attn.forward)
     actual = torch.compile(model, backend="aot_eager")(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(VERSION_5, reason="in transformers 5 they ask for an attention function")
+@pytest.mark.parametrize("name", WITHOUT_INTERFACE_IN_4)
+def test_models_without_the_interface(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They stay as they are, and say so; with torch's function they run here by integrations.sdpa, but for T5."""
+    model, inputs = model_of(name, "eager").eval(), inputs_of(name, "none", torch.float32)
+    transformers.logging.enable_propagation()
+    model.set_attn_implementation(fa_ext.NAME)
+    transformers.logging.disable_propagation()
+    assert "does not support setting its attention implementation" in caplog.text
+    assert model.config._attn_implementation == "eager"
+    if name == "t5":
+        return
+    expected = model(**inputs).logits
+    with sdpa.enable():
+        actual = model_of(name, "sdpa").eval()(**inputs).logits
+        assert sdpa.stats().attended == 2  # layers
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 

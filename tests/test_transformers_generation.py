@@ -23,6 +23,7 @@ from test_transformers import (
     VERSION_5,
     WINDOW,
     build,
+    calls,
     prompt,
     token_ids,
 )
@@ -43,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, implementation: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     model.set_attn_implementation(implementation)
+    before = calls()
     result = model.generate(
         **inputs,
         min_new_tokens=10,
@@ -52,6 +54,7 @@ def generate(model: Any, implementation: str, inputs: dict[str, Tensor], **optio
         output_logits=True,
         **options,
     )
+    assert (calls() > before) == (implementation == fa_ext.NAME)
     return result.sequences, torch.stack(result.logits)
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("transformers", minversion="4.57", reason="transformers is n
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from test_transformers import assert_close, assert_same, build, inputs_of, step, token_ids, valid_places
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -41,7 +42,7 @@ def fine_tuning(name: str, implementation: str, collator: Any, folder: Path, **o
     """The losses of 25 steps of a Trainer."""
     model = build(name)
     model.set_attn_implementation(implementation)
-    with patch.dict(os.environ):  # where transformers 4 leaves the dtype of one Trainer to the next
+    with patch.dict(os.environ):  # where transformers 4 leaves the dtype to the next Trainer
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=4,
@@ -56,6 +57,7 @@ def fine_tuning(name: str, implementation: str, collator: Any, folder: Path, **o
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=examples(), data_collator=collator)
         trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the dtype, too
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

