@@ -228,25 +228,17 @@ def softmax(x: Tensor) -> Tensor:
 
 def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[str]]:
     """The window of the ops from the public convention, and the constraints that window_size does not meet."""
-    sides = tuple(map(as_integer, window_size)) if isinstance(window_size, Sequence) else ()
-    if any(side is not None and side >= 2**63 for side in sides):
-        return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
-    if len(sides) != 2 or not all(side is not None and side >= -1 for side in sides):
+    is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
+    left, right = map(as_integer, window_size) if is_pair else (None, None)
+    if left is None or right is None or left < -1 or right < -1:
         line = f"window_size must be two integers (left, right), each -1 (no limit) or at least 0, got {window_size!r}"
         return (None, None), [line]
-    left, right = sides
+    if left >= 2**63 or right >= 2**63:
+        return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
     return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
 
 
-def attend(function: str, q: Tensor, k: Tensor, v: Tensor, unmet: Sequence[str] = (), **options: Any) -> Any:
-    """What every public attention function ends in: `_attend`, outside of graphs where they lack a number."""
-    numbers = (options.get(name) for name in ("softmax_scale", "softcap", "dropout_p"))
-    if torch.compiler.is_dynamo_compiling() and any(isinstance(x, Tensor) for x in numbers):
-        return _attend_outside_graphs(function, q, k, v, unmet, **options)
-    return _attend(function, q, k, v, unmet, **options)
-
-
-def _attend(
+def attend(
     function: str,
     q: Tensor,
     k: Tensor,
@@ -271,12 +263,14 @@ def _attend(
     deterministic: bool = True,
     call: Callable[..., Any] = _run_attention,
 ) -> Any:
-    """(out, lse), or an InputError of `function`.
+    """What every public attention function ends in: (out, lse), or an InputError of `function`.
 
     Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
+    if torch.compiler.is_dynamo_compiling() and any(isinstance(x, Tensor) for x in (softmax_scale, softcap, dropout_p)):
+        return _attend_outside_graphs(**locals())  # graphs have numbers, no tensors that stand for them
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
@@ -316,12 +310,14 @@ def _attend(
 
 
 _attend_outside_graphs = torch.compiler.disable(
-    _attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
+    attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
 )
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Under torch.autocast q, k and v take its dtype, as they do for torch's own attention; float64 stays."""
+    if not torch._C._is_any_autocast_enabled():  # a quarter of the time that the next question takes
+        return q, k, v, bias
     device = q.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v, bias

@@ -120,11 +120,11 @@ def _check_causal_bias(query: Tensor, key: Tensor, causal_bias: Any, is_causal: 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """(batch, heads, seqlen, dim) with nothing to broadcast: what nearly every call has, and small calls feel."""
-    if not query.dim() == key.dim() == value.dim() == 4:
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4:
         return False
-    (batch, heads), (batch_kv, heads_kv) = query.shape[:2], key.shape[:2]
-    grouped = enable_gqa and heads_kv > 0 and heads % heads_kv == 0
-    return batch == batch_kv and key.shape[:2] == value.shape[:2] and (heads == heads_kv or grouped)
+    grouped = enable_gqa and k[1] > 0 and q[1] % k[1] == 0
+    return q[0] == k[0] == v[0] and k[1] == v[1] and (q[1] == k[1] or grouped)
 
 
 def _leading_dimensions(
