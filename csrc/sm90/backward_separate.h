@@ -45,7 +45,6 @@ class GradientComputer {
   __device__ GradientComputer(const GradientCall& call, const Memory& memory, int warp)
       : call_(call),
         memory_(memory),
-        q_(memory.ring_q()),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
         warpgroup_(warp / 4),
@@ -55,7 +54,7 @@ class GradientComputer {
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (;; ++tile_) {
-      q_.wait_full();
+      memory_.ring_q(tile_).wait_full();
       if (work().batch < 0) return;
       gradient_.fill(0);
       const KeyBlocks<int> mine = memory_.read_blocks(tile_, warpgroup_);
@@ -65,7 +64,11 @@ class GradientComputer {
         kGradient == Gradient::value ? walk_values(mine) : walk(mine);
         skip(mine.begin - all.begin);
       } else {
-        release(q_);
+        release(memory_.ring_q(tile_));
+        if constexpr (Config::kHasDout) {
+          memory_.ring_dout(tile_).wait_full();
+          release(memory_.ring_dout(tile_));
+        }
       }
       finish();
     }
@@ -89,16 +92,16 @@ class GradientComputer {
     }
   }
 
-  // dQ or dK: all blocks that the rows see, from the last to the first. S and dP are a block ahead; after the last
-  // ones, the next tile's rows can come.
+  // dQ or dK: all blocks that the rows see, from the last to the first. S and dP are a block ahead.
   __device__ __forceinline__ void walk(const KeyBlocks<int>& blocks) {
     if constexpr (!kFromKeys) load_statistics();
     typename Memory::RingK ahead = k_;
     start_scores(ahead);
+    memory_.ring_dout(tile_).wait_full();
     start_dprob(ahead);
     wait_products<1>();
     finish_scores(blocks, blocks.end - 1);
-    finish_dprob(ahead);
+    finish_dprob(blocks, blocks.end - 1, ahead);
 #pragma unroll 1
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
       start_gradient(memory_.k(k_.stage()));
@@ -108,9 +111,8 @@ class GradientComputer {
       start_dprob(ahead);  // not before: there are no registers for it beside dS
       wait_products<1>();
       finish_scores(blocks, block);
-      finish_dprob(ahead);
+      finish_dprob(blocks, block, ahead);
     }
-    release(q_);
     start_gradient(memory_.k(k_.stage()));
     wait_products<0>();
     finish_gradient(k_);
@@ -135,7 +137,6 @@ class GradientComputer {
       finish_gradient(v_);
       pack(scores_);
     }
-    release(q_);
     v_.wait_full();
     start_gradient(memory_.v(v_.stage()));
     wait_products<0>();
@@ -172,8 +173,9 @@ class GradientComputer {
                             memory_.statistics(k.stage()));
   }
 
-  // P. No probability exceeds 1, but for the rounding of huge scores.
+  // P. No probability exceeds 1, but for the rounding of huge scores. After the last block, the next tile's Q can come.
   __device__ __forceinline__ void finish_scores(const KeyBlocks<int>& blocks, int block) {
+    if (block == blocks.begin) release(memory_.ring_q(tile_));
     fence_registers(scores_.x[0]);
     if (!blocks.is_full(block)) {
       const Work tile = work();
@@ -185,9 +187,11 @@ class GradientComputer {
     });
     fence_registers(scores_.x[0]);
   }
-  // dS, as left operand.
-  __device__ __forceinline__ void finish_dprob(typename Memory::RingK& ahead) {
+  // dS, as left operand. After the last block, the next tile's dO can come.
+  __device__ __forceinline__ void finish_dprob(const KeyBlocks<int>& blocks, int block,
+                                               typename Memory::RingK& ahead) {
     wait_products<0>();
+    if (block == blocks.begin) release(memory_.ring_dout(tile_));
     ahead.advance();
     fence_registers(dprob_.x[0]);
     release(v_);
@@ -245,14 +249,13 @@ class GradientComputer {
   }
 
   template <class Ring>
-  __device__ __forceinline__ static void release(Ring& ring) {
+  __device__ __forceinline__ static void release(Ring&& ring) {
     arrive_if(ring.empty(), lane_index() == 0);
     ring.advance();
   }
 
   const GradientCall& call_;
   const Memory memory_;
-  typename Memory::RingQ q_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's

@@ -52,9 +52,9 @@ struct ForwardMemory {
   static constexpr int kBarriers = kWork + Tiles::kCount * kWorkBytes;
   static constexpr int kRingK = kBarriers + RingQ::kBytes, kRingV = kRingK + RingK::kBytes;
   static constexpr int kOutFull = kRingV + RingV::kBytes, kTail = kOutFull + 8 * Config::kStagesQ;
-  static constexpr int kTurns = kTail + 8;
+  static constexpr int kTurns = kTail + 8, kRingDout = kTurns + 8 * Config::kWarpgroups;
   // The rows of a tile: Q, and behind it dO where there is one.
-  static constexpr int kQ = (kTurns + 8 * Config::kWarpgroups + 1023) / 1024 * 1024;
+  static constexpr int kQ = (kRingDout + (Config::kHasDout ? RingQ::kBytes : 0) + 1023) / 1024 * 1024;
   static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes * (Config::kHasDout ? 2 : 1);
   static constexpr int kK = kQ + Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
   static constexpr int kBytes = kV + Config::kStagesV * V::kBytes;
@@ -74,7 +74,8 @@ struct ForwardMemory {
   __device__ uint32_t lse_selector() const { return base + kSelectors; }
   __device__ uint32_t delta_selector() const { return base + kSelectors + 128; }
   __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
-  __device__ RingQ ring_q() const { return RingQ(base + kBarriers); }
+  __device__ RingQ ring_q(unsigned tile = 0) const { return RingQ(base + kBarriers, tile); }
+  __device__ RingQ ring_dout(unsigned tile = 0) const { return RingQ(base + kRingDout, tile); }
   __device__ RingK ring_k() const { return RingK(base + kRingK); }
   __device__ RingV ring_v() const { return RingV(base + kRingV); }
   // O is complete in the place of Q; rows of K or V have arrived, of which some must be cleared.
@@ -90,6 +91,7 @@ struct ForwardMemory {
     for (int i = 0; i < Config::kStagesQ; ++i) init_barrier(out_full(i), 4 * Config::kWarpgroups);
     init_barrier(tail_full(), 1);
     for (int i = 0; i < Config::kWarpgroups; ++i) init_barrier(turn(i), 4);
+    if (Config::kHasDout) ring_dout().init(1, 4 * Config::kWarpgroups);
     fence_barrier_init();
   }
 

@@ -21,6 +21,7 @@ class Loader {
         p_(call.p),
         memory_(memory),
         q_(memory.ring_q()),
+        dout_(memory.ring_dout()),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
         first_(lane_index() == 0) {}
@@ -29,6 +30,7 @@ class Loader {
     index_ = kDrawsAll ? draw() : blockIdx.x;
     plan(0);
     publish(0);
+    load_first_k(0);
 #pragma unroll 1
     for (unsigned tile = 0;; ++tile) {
       const Work work = memory_.read_work(tile);
@@ -72,21 +74,23 @@ class Loader {
   __device__ unsigned draw() const { return static_cast<unsigned>(uniform(first_ ? atomicAdd(call_.counter, 1) : 0)); }
 
   // In the order in which things are used: blocks from the last to the first, and if V is late, behind the K of the
-  // block after it.
+  // block after it. The first K has been loaded with the tile before.
   __device__ void load(unsigned number, const Work& work) {
     const KeyBlocks<int> blocks = memory_.read_blocks(number, Config::kWarpgroups);
-    const Keys keys = {p_.cu_seqlens_k ? 0 : work.batch, work.head_kv, work.k_start, work.band.seqlen_k};
-    if (!blocks.empty()) load_k(keys, blocks.end - 1);
+    const Keys keys = keys_of(work);
+    if constexpr (Config::kHasDout) load_rows(dout_, memory_.dout(dout_.stage(), 0), call_.dout, work, !blocks.empty());
+    if (!Config::kLatePv && !blocks.empty()) load_v(keys, blocks.end - 1);
     plan(number + 1);
 #pragma unroll 1
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-      if (!Config::kLatePv) load_v(keys, block + 1);
       load_k(keys, block);
-      if (Config::kLatePv) load_v(keys, block + 1);
+      load_v(keys, Config::kLatePv ? block + 1 : block);
     }
-    // The last V waits for its place; Q, if it has several, need not. One alone becomes free later.
+    // The last V waits for its place; Q, if it has several, need not. One alone becomes free later, after a place for
+    // K.
     if (Config::kStagesQ > 1) publish(number + 1);
-    if (!blocks.empty()) load_v(keys, blocks.begin);
+    if (Config::kLatePv && !blocks.empty()) load_v(keys, blocks.begin);
+    load_first_k(number + 1);
     if (Config::kStagesQ == 1) publish(number + 1);
   }
 
@@ -95,25 +99,36 @@ class Loader {
     int batch, head, start, seqlen;
   };
 
-  // Hands a tile that has been planned to the others, with its Q where it has any keys.
-  __device__ void publish(unsigned number) {
-    const Work work = memory_.read_work(number);
-    const bool with_q = !memory_.read_blocks(number, Config::kWarpgroups).empty();
-    q_.wait_empty();
-    if (first_ && with_q) {
-      arrive_expecting(q_.full(), Memory::kQBytes);
-      for (int w = 0; w < Config::kWarpgroups; ++w) {
-        const int row = work.q_start + work.row_begin + w * kWarpgroupRows, batch = p_.cu_seqlens_q ? 0 : work.batch;
-        load_tile(memory_.q(q_.stage(), w), call_.q, row, work.head, batch, q_.full());
-        if constexpr (Config::kHasDout)
-          load_tile(memory_.dout(q_.stage(), w), call_.dout, row, work.head, batch, q_.full());
-      }
-    } else if (first_) {
-      arrive(q_.full());
-    }
-    q_.advance();
+  __device__ Keys keys_of(const Work& work) const {
+    return {p_.cu_seqlens_k ? 0 : work.batch, work.head_kv, work.k_start, work.band.seqlen_k};
   }
 
+  // Hands a tile that has been planned to the others, with its Q where it has any keys.
+  __device__ void publish(unsigned number) {
+    const bool any = !memory_.read_blocks(number, Config::kWarpgroups).empty();
+    load_rows(q_, memory_.q(q_.stage(), 0), call_.q, memory_.read_work(number), any);
+  }
+
+  // Q or dO of a tile, or nothing. `place` is the ring's next one, the first warpgroup's share of it.
+  using RingQ = typename Memory::RingQ;
+  using Rows = typename Memory::Q;
+  __device__ void load_rows(RingQ& ring, const Rows& place, const TensorMap& map, const Work& work, bool any) {
+    ring.wait_empty();
+    if (first_ && any) {
+      arrive_expecting(ring.full(), Config::kWarpgroups * Rows::kBytes);
+      for (int w = 0; w < Config::kWarpgroups; ++w)
+        load_tile(Rows{place.base + w * Rows::kBytes}, map, work.q_start + work.row_begin + w * kWarpgroupRows,
+                  work.head, p_.cu_seqlens_q ? 0 : work.batch, ring.full());
+    } else if (first_) {
+      arrive(ring.full());
+    }
+    ring.advance();
+  }
+
+  __device__ void load_first_k(unsigned number) {
+    const KeyBlocks<int> blocks = memory_.read_blocks(number, Config::kWarpgroups);
+    if (!blocks.empty()) load_k(keys_of(memory_.read_work(number)), blocks.end - 1);
+  }
   __device__ void load_k(const Keys& keys, int block) {
     constexpr bool kWithStatistics = Config::kHasStatistics;
     load<kWithStatistics>(k_, memory_.k(k_.stage()), call_.k, keys, block, Config::kClearsK);
@@ -151,7 +166,7 @@ class Loader {
   const Call& call_;
   const Problem& p_;
   const Memory memory_;
-  typename Memory::RingQ q_;
+  RingQ q_, dout_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
   unsigned index_ = 0;  // of the next tile that is taken

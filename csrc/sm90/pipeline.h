@@ -14,7 +14,9 @@ class Ring {
  public:
   static constexpr int kBytes = 2 * kStages * 8;  // of barriers
 
-  __device__ __forceinline__ explicit Ring(uint32_t barriers) : barriers_(barriers) {}
+  // At buffer `number` of all that go through.
+  __device__ __forceinline__ explicit Ring(uint32_t barriers, unsigned number = 0)
+      : barriers_(barriers), stage_(static_cast<int>(number % kStages)), parity_(number / kStages % 2) {}
 
   // How many arrivals fill a buffer, and empty it. By one thread, before all others begin.
   __device__ void init(int fillers, int emptiers) const {
@@ -41,8 +43,8 @@ class Ring {
 
  private:
   uint32_t barriers_;
-  int stage_ = 0;
-  uint32_t parity_ = 0;
+  int stage_;
+  uint32_t parity_;
 };
 
 // The same for users that count what has gone through: number n is in buffer n % kStages for the n / kStages-th time.
