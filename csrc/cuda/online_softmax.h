@@ -97,9 +97,9 @@ __device__ __forceinline__ RowFactors<M> follow_maximum(RowStates<M, kGeneral>& 
   return factors;
 }
 
-// The same with the m that is there; difference(x, m) of an accumulated x is its score less m, in powers of two. Where
-// m is too low for some row of the warp, `states` stay as they were, and redo(keep) has to do the block with
-// follow_maximum, for which it needs the scores anew. Whether it had to.
+// The same with the m that is there. difference(x, m, ...) of an accumulated x, and of where it is, as at() takes that,
+// is its score less m, in powers of two. Where m is too low for some row of the warp, `states` stay as they were, and
+// redo(keep) has to do the block with follow_maximum, for which it needs the scores anew. Whether it had to.
 template <bool kGeneral, int M, int N, class Difference, class Redo>
 __device__ __forceinline__ bool keep_maximum(RowStates<M, kGeneral>& states, Accumulator<M, N>& s,
                                              Difference&& difference, Redo&& redo) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ bool keep_maximum(RowStates<M, kGeneral>& states, Acc
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(m, half, n, e);
-        x = exp2_approx(difference(x, reference));
+        x = exp2_approx(difference(x, reference, m, half, n, e));
         sum += x;
       }
     sums[m][half] = sum;

@@ -7,26 +7,51 @@
 
 namespace fae::cuda {
 
-// ALiBi. distance: i + shift - j where the accumulator begins.
+// ALiBi on an accumulator. distance: i + shift - j where that begins.
 template <class Scores>
-__device__ __forceinline__ void add_alibi(Scores& s, float scale_log2, float slope_log2, int distance) {
-  const int row = s.row(0, 0), col = s.col(0, 0);
-  const float first = static_cast<float>(distance + row - col);
-  const auto more = [&](int m, int half, int n, int e) {  // the same for all lanes
-    return static_cast<float>((s.row(m, half) - row) - (s.col(n, e) - col));
-  };
-  const bool below = distance - (Scores::kCols - 1) >= 0, above = distance + Scores::kRows - 1 <= 0;
-  if (below || above) {  // of the diagonal, distances grow and shrink evenly
-    const float slope = below ? slope_log2 : -slope_log2, bias = -slope * first;
-    s.for_each([&](int m, int half, int n, int e) {
-      s.at(m, half, n, e) = fmaf(s.at(m, half, n, e), scale_log2, fmaf(-slope, more(m, half, n, e), bias));
-    });
-  } else {
-    s.for_each([&](int m, int half, int n, int e) {
-      s.at(m, half, n, e) = fmaf(s.at(m, half, n, e), scale_log2, -slope_log2 * fabsf(first + more(m, half, n, e)));
-    });
+class Alibi {
+ public:
+  __device__ __forceinline__ Alibi(const Scores& s, float slope_log2, int distance)
+      : row_(s.row(0, 0)),
+        col_(s.col(0, 0)),
+        slope_(slope_log2),
+        first_(static_cast<float>(distance + row_ - col_)),
+        below_(distance - (Scores::kCols - 1) >= 0),
+        above_(distance + Scores::kRows - 1 <= 0) {}
+
+  // `start` and what is added to an element, if all are below the diagonal.
+  __device__ __forceinline__ float below(const Scores& s, float start, int m, int half, int n, int e) const {
+    return even(slope_, s, start, m, half, n, e);
   }
-}
+  __device__ __forceinline__ void add(Scores& s, float scale_log2) const {
+    const auto add_all = [&](auto&& term) {
+      s.for_each([&](int m, int half, int n, int e) {
+        s.at(m, half, n, e) = fmaf(s.at(m, half, n, e), scale_log2, term(m, half, n, e));
+      });
+    };
+    if (below_ || above_) {
+      const float slope = below_ ? slope_ : -slope_;
+      add_all([&](int m, int half, int n, int e) { return even(slope, s, 0, m, half, n, e); });
+    } else {
+      add_all([&](int m, int half, int n, int e) { return -slope_ * fabsf(first_ + more(s, m, half, n, e)); });
+    }
+  }
+
+ private:
+  // On one side of the diagonal, distances grow or shrink evenly.
+  __device__ __forceinline__ float even(float slope, const Scores& s, float start, int m, int half, int n,
+                                        int e) const {
+    return fmaf(-slope, more(s, m, half, n, e), fmaf(-slope, first_, start));
+  }
+  // The same for all lanes.
+  __device__ __forceinline__ float more(const Scores& s, int m, int half, int n, int e) const {
+    return static_cast<float>((s.row(m, half) - row_) - (s.col(n, e) - col_));
+  }
+
+  const int row_, col_;
+  const float slope_, first_;
+  const bool below_, above_;
+};
 
 // Softcap: cap tanh(scale s / cap), a series where the product is well below the cap. Which of the two an element takes
 // depends on nothing else, so that neighbours don't show in its bits.

@@ -166,7 +166,7 @@ class ForwardTask {
       if (!blocks_.is_full(key / Config::kKeys)) cuda::mask_band(s, band_, row, key);
       follow(cuda::RowFlags<M>());
     } else {
-      const auto difference = [&](float x, float reference) { return fmaf(x, scale_log2, -reference); };
+      const auto difference = [&](float x, float reference, auto...) { return fmaf(x, scale_log2, -reference); };
       cuda::keep_maximum(states_, s, difference, [&](const auto& keep) {
         compute_scores();
         follow(keep);

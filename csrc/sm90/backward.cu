@@ -154,8 +154,9 @@ class BackwardComputer {
       const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
       if (is_edge) cuda::mask_band(scores_, keys.band, row, key);
       if constexpr (kTerms == Terms::alibi)
-        cuda::add_alibi(scores_, scale_log2_, alibi_slope(p_, keys.batch, step.head) * cuda::kLog2e,
-                        row + keys.band.seqlen_k - keys.band.seqlen_q - key);
+        cuda::Alibi(scores_, alibi_slope(p_, keys.batch, step.head) * cuda::kLog2e,
+                    row + keys.band.seqlen_k - keys.band.seqlen_q - key)
+            .add(scores_, scale_log2_);
       if constexpr (kTerms == Terms::dropout) {
         exponentiate(scores_, scale_log2_);
         mark_dropped(scores_, cuda::ScoreTerms<T>(p_, call_.constants, keys.batch, step.head, keys.band), row, key);

@@ -225,12 +225,21 @@ class Computer {
       const cuda::SoftcapSeries& series = call_.constants.softcap_series;
       if (cuda::series_suffices(scores_, series))
         return cuda::keep_maximum(
-            states_, scores_, [&](float x, float m) { return cuda::sum_series(series, x) - m; }, redo);
+            states_, scores_, [&](float x, float m, auto...) { return cuda::sum_series(series, x) - m; }, redo);
     }
-    finish_scores(block, false);
-    const float scale = exponent_scale();
-    const auto difference = [&](float x, float m) { return kNatural ? (x - m) * cuda::kLog2e : fmaf(x, scale, -m); };
-    return cuda::keep_maximum(states_, scores_, difference, redo);
+    if constexpr (kTerms == Terms::alibi) {
+      // What is added takes m along. Such blocks are below the diagonal.
+      const auto term = alibi(work(), block);
+      return cuda::keep_maximum(
+          states_, scores_,
+          [&](float x, float m, auto... at) { return fmaf(x, scale_log2_, term.below(scores_, -m, at...)); }, redo);
+    } else {
+      finish_scores(block, false);
+      const float scale = exponent_scale();
+      return cuda::keep_maximum(
+          states_, scores_,
+          [&](float x, float m, auto...) { return kNatural ? (x - m) * cuda::kLog2e : fmaf(x, scale, -m); }, redo);
+    }
   }
 
   // O += P V of the last block.
@@ -281,9 +290,12 @@ class Computer {
     const Work tile = work();
     const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
     if (kTerms == Terms::any) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
-    if (kTerms == Terms::alibi)
-      cuda::add_alibi(scores_, scale_log2_, slope_log2_, row + tile.band.seqlen_k - tile.band.seqlen_q - key);
+    if (kTerms == Terms::alibi) alibi(tile, block).add(scores_, scale_log2_);
     if (edge) cuda::mask_sides(scores_, tile.band, row, key);
+  }
+  __device__ __forceinline__ auto alibi(const Work& tile, int block) const {
+    const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
+    return cuda::Alibi(scores_, slope_log2_, row + tile.band.seqlen_k - tile.band.seqlen_q - key);
   }
   __device__ __forceinline__ float exponent_scale() const {
     return kTerms == Terms::none || kTerms == Terms::dropout || kTerms == Terms::mask ? scale_log2_ : 1.0f;
