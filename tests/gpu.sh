@@ -10,9 +10,13 @@ jobs=$(nproc)
 time python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
 python3 -m flash_attn_ext info
 
+status=0
+# What needs the GPU for itself, and C++ programs.
+timeout 300 python3 -m pytest -q -m "gpu and slow" tests > "$out/slow.log" 2>&1 || status=1
+tail -n 25 "$out/slow.log"
+
 # With the kernels that dispatch chooses, then with those for every GPU. Processes share the GPU; a hang must not take
 # the whole run with it.
-status=0
 for backends in "" sm80,cpu; do
   log="$out/tests${backends:+-sm80}.log"
   FAE_BACKENDS=$backends timeout 300 \

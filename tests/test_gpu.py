@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -104,10 +105,9 @@ def test_current_stream() -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])  # one kernel for all gradients, and kernels that overlap
-def test_cuda_graph_captures_forward_and_backward(head_dim: int) -> None:
-    q, k, v = random_qkv(2, 300, 4, head_dim)
-    dout = torch.randn_like(q)
+def captured_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
+) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,6 +116,14 @@ def test_cuda_graph_captures_forward_and_backward(head_dim: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(q, k, v, dout)
+    return graph, captured
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])  # one kernel for all gradients, and kernels that overlap
+def test_cuda_graph_captures_forward_and_backward(head_dim: int) -> None:
+    q, k, v = random_qkv(2, 300, 4, head_dim)
+    dout = torch.randn_like(q)
+    graph, captured = captured_step(q, k, v, dout)
     for seed in range(3):
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -124,6 +132,51 @@ def test_cuda_graph_captures_forward_and_backward(head_dim: int) -> None:
         graph.replay()
         for got, expected in zip(captured, step(q, k, v, dout), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.slow  # to be run alone: others on the machine would be measured, too
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_host_keeps_up_with_a_training_step(head_dim: int) -> None:
+    """Calls through autograd take hardly longer than their kernels do, which a graph runs without the host."""
+    q, k, v = random_qkv(32, 512, 2048 // head_dim, head_dim)
+    dout = torch.randn_like(q)
+    graph, _ = captured_step(q, k, v, dout)
+
+    def milliseconds(run: Callable[[], object]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(100):
+            run()
+        torch.cuda.synchronize()  # what the host is ahead does not count
+        begin.record()
+        for _ in range(200):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 200
+
+    rounds = [(milliseconds(graph.replay), milliseconds(lambda: step(q, k, v, dout))) for _ in range(5)]
+    kernels, calls = (statistics.median(times) for times in zip(*rounds, strict=True))
+    print(f"D {head_dim}: a step takes {calls:.3f} ms, its kernels {kernels:.3f}")
+    assert calls < 1.05 * kernels
+
+
+@pytest.mark.slow
+def test_training_has_the_same_bits_twice() -> None:
+    rich = pytest.importorskip("rich.progress", reason="the demo's packages are not installed")
+    from flash_attn_ext.demo import train as demo
+
+    settings = demo.Settings(steps=200, width=384, heads=6, layers=6)
+    text = demo.Text(settings.vocabulary)
+
+    def trained() -> tuple[list[float], list[torch.Tensor]]:
+        with torch.autocast("cuda", torch.bfloat16), rich.Progress(disable=True) as progress:
+            run = demo.train(causal_attention, text, settings, torch.device("cuda"), progress, "ours")
+        return run.losses, [p.detach() for p in run.model.parameters()]
+
+    (losses, parameters), (losses_again, parameters_again) = trained(), trained()
+    assert losses[-1] < losses[0] - 2
+    assert losses == losses_again
+    assert all(map(torch.equal, parameters, parameters_again))
 
 
 @pytest.mark.parametrize("rows", [64, 1000, 4096])
