@@ -7,7 +7,6 @@ eager attention does not go through float32, below 1e-11.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if name in MAY_LACK_INTERFACE and not has_interface(name):
         pytest.skip("in this version of transformers it asks for no attention function")
     model = model_of(name, "eager")
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     if name not in UNSCALED:  # larger scores than those of a new model, so that a wrong one shows
         with torch.no_grad():
             for parameter in model.parameters():
@@ -171,9 +170,17 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
+def set_attention(model: Any, implementation: str) -> None:
+    """Also in parts whose copy of the configuration some versions of transformers 5 forget: those of T5."""
+    model.set_attn_implementation(implementation)
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.config._attn_implementation = implementation
+
+
 def has_interface(name: str) -> bool:
     """Whether the code of the model asks for an attention function."""
-    return hasattr(sys.modules[getattr(transformers, MODELS[name][0]).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return bool(getattr(transformers, MODELS[name][0])._can_set_attn_implementation())
 
 
 def model_of(name: str, implementation: str) -> Any:
@@ -223,7 +230,7 @@ def inputs_of(name: str, side: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def step(model: Any, implementation: str, inputs: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
     """Outputs at places that are tokens, and the gradients of all parameters."""
-    model.set_attn_implementation(implementation)
+    set_attention(model, implementation)
     model.zero_grad()
     before = calls()
     outputs = model(**inputs)
@@ -395,7 +402,7 @@ def test_calls_are_counted() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "t5", "whisper"])
 def test_output_attentions_raises(name: str) -> None:
     model, inputs = build(name), inputs_of(name, "none", torch.float32)
-    model.set_attn_implementation(fa_ext.NAME)
+    set_attention(model, fa_ext.NAME)
     with pytest.raises((ValueError, TypeError), match="output_attentions must not be given"):
         model(**inputs, output_attentions=True)
     model(**inputs, output_hidden_states=True)
