@@ -188,8 +188,7 @@ class GradientComputer {
     fence_registers(scores_.x[0]);
   }
   // dS, as left operand. After the last block, the next tile's dO can come.
-  __device__ __forceinline__ void finish_dprob(const KeyBlocks<int>& blocks, int block,
-                                               typename Memory::RingK& ahead) {
+  __device__ __forceinline__ void finish_dprob(const KeyBlocks<int>& blocks, int block, typename Memory::RingK& ahead) {
     wait_products<0>();
     if (block == blocks.begin) release(memory_.ring_dout(tile_));
     ahead.advance();
