@@ -161,7 +161,7 @@ class Case:
             mask = torch.rand(shape, generator=generator, dtype=torch.float64) < self.mask_density
         alibi_slopes = None
         if self.alibi:
-            alibi_slopes = normal(*(sizes[letter] for letter in self.alibi)).abs().float()
+            alibi_slopes = normal(*(sizes[letter] for letter in self.alibi)).float()
 
         def starts(lengths: tuple[int, ...] | None) -> Tensor | None:
             return None if lengths is None else _int32([sum(lengths[:b]) for b in range(len(lengths) + 1)])
