@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Attention, Merge, Softmax, run
-from .errors import InputError, as_integer, raise_input_error
+from .errors import InputError, as_integer, raise_input_error, refuse
 from .ops import stats_dtype
 
 # (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
@@ -270,7 +270,31 @@ def attend(
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
     if torch.compiler.is_dynamo_compiling() and any(isinstance(x, Tensor) for x in (softmax_scale, softcap, dropout_p)):
-        return _attend_outside_graphs(**locals())  # graphs have numbers, no tensors that stand for them
+        # Graphs have numbers, no tensors that stand for them.
+        return _attend_outside_graphs(
+            function,
+            q,
+            k,
+            v,
+            unmet,
+            window=window,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            bias=bias,
+            mask=mask,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            rng_state=rng_state,
+            deterministic=deterministic,
+            call=call,
+        )
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
@@ -305,7 +329,7 @@ def attend(
     except Exception as error:
         raise_input_error(function, error, locals(), _KINDS, unmet)
     if unmet:
-        raise InputError(function, unmet)
+        refuse(function, unmet)
     return result
 
 

@@ -68,6 +68,20 @@ class InputError(ValueError, TypeError):
         return InputError, (self.function, self.constraints)
 
 
+def _raise(function: str, constraints: Sequence[str]) -> NoReturn:
+    raise InputError(function, constraints)
+
+
+_raise_outside_graphs: Callable[[str, Sequence[str]], NoReturn] = torch.compiler.disable(_raise)
+
+
+def refuse(function: str, constraints: Sequence[str]) -> NoReturn:
+    """Raises an InputError outside of graphs: torch 2.11 loses the message of one that it has traced."""
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg="; ".join(constraints))
+    _raise_outside_graphs(function, constraints)
+
+
 def raise_input_error(
     function: str,
     error: Exception,

@@ -197,7 +197,8 @@ def scores_of(
     lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
     """
     if isinstance(window_size, (tuple, list)):
-        window_size = tuple(side if (n := as_integer(side)) is None else max(n, -1) for side in window_size)
+        sides = [(side, as_integer(side)) for side in window_size]
+        window_size = tuple(side if integer is None else max(integer, -1) for side, integer in sides)
     window, unmet = window_of(causal, window_size)
     scores = {
         "window": window,

@@ -130,7 +130,7 @@ def test_metadata_and_removal() -> None:
     assert flash_attn.__version__ == shim.VERSION
     assert importlib.metadata.version("flash_attn") == importlib.metadata.version("flash-attn") == shim.VERSION
     assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
-    assert importlib.metadata.version("torch") == torch.__version__
+    assert torch.__version__.startswith(importlib.metadata.version("torch"))
     shim.uninstall()
     shim.uninstall()
     assert not [name for name in sys.modules if name.split(".")[0] == "flash_attn"]

@@ -56,7 +56,7 @@ def by_hand(pairs: int, heads: int = 4, head_dim: int = 8, head_dim_v: int = 6) 
 
 def test_flops_of_full_attention_are_torchs() -> None:
     q, k, v = qkv(requires_grad=True)
-    shapes = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
+    shapes = [(x.shape[0], q.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
     out_shape = (*shapes[0][:3], 6)
     expected = sdpa_flop_count(*shapes), sdpa_backward_flop_count(out_shape, *shapes)
     assert counted(partial(attention, q, k, v)) == expected == by_hand(2 * 10 * 12)
