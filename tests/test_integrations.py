@@ -20,7 +20,7 @@ IMPORTS = """
 import importlib, pkgutil, sys
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
-import torch, torch.distributed.tensor, torch.nn.functional
+import torch, torch._dynamo, torch.distributed.tensor, torch.nn.functional  # the compiler swaps torch.manual_seed
 from torch.distributed.tensor import DTensor
 try:
     import transformers
@@ -62,7 +62,7 @@ import flash_attn_ext
 from flash_attn_ext import integrations
 for module in pkgutil.walk_packages(flash_attn_ext.__path__, "flash_attn_ext."):
     if not module.name.startswith(("flash_attn_ext.demo", "flash_attn_ext.lib", "flash_attn_ext.__main__")):
-        if transformers is not None or not module.name.endswith(".transformers"):
+        if transformers is not None or not module.name.endswith((".transformers", ".mask_patterns")):
             importlib.import_module(module.name)
 assert "flash_attn" not in sys.modules
 assert parts() == before, {name for name, x in parts().items() if x != before[name]}
