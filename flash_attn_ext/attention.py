@@ -238,7 +238,16 @@ def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[
     return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
 
 
-def attend(
+def attend(function: str, q: Tensor, k: Tensor, v: Tensor, unmet: Sequence[str] = (), **options: Any) -> Any:
+    """What every public attention function ends in: `_attend`, outside of graphs where they lack a number."""
+    if torch.compiler.is_dynamo_compiling():
+        numbers = (options.get(name) for name in ("softmax_scale", "softcap", "dropout_p"))
+        if any(isinstance(x, Tensor) for x in numbers):
+            return _attend_outside_graphs(function, q, k, v, unmet, **options)
+    return _attend(function, q, k, v, unmet, **options)
+
+
+def _attend(
     function: str,
     q: Tensor,
     k: Tensor,
@@ -263,38 +272,12 @@ def attend(
     deterministic: bool = True,
     call: Callable[..., Any] = _run_attention,
 ) -> Any:
-    """What every public attention function ends in: (out, lse), or an InputError of `function`.
+    """(out, lse), or an InputError of `function`.
 
     Fills in what the op takes no default for. window: any integers. rng_state: drawn unless given. unmet: constraints
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
-    if torch.compiler.is_dynamo_compiling() and any(isinstance(x, Tensor) for x in (softmax_scale, softcap, dropout_p)):
-        # Graphs have numbers, no tensors that stand for them.
-        return _attend_outside_graphs(
-            function,
-            q,
-            k,
-            v,
-            unmet,
-            window=window,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            bias=bias,
-            mask=mask,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            dropout_p=dropout_p,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            rng_state=rng_state,
-            deterministic=deterministic,
-            call=call,
-        )
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
@@ -334,7 +317,7 @@ def attend(
 
 
 _attend_outside_graphs = torch.compiler.disable(
-    attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
+    _attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
 )
 
 
