@@ -23,6 +23,7 @@ CASES = (
     Case(seqlen_q=260, seqlen_k=264, bias="11qk", window_right=0, head_dim=64, dtype=torch.bfloat16),
     Case(lengths_q=(100, 0, 33), lengths_k=(70, 12, 233), head_dim=96, dtype=torch.float16),
     Case(head_dim=200, batch=1, heads=2, dtype=torch.bfloat16),
+    Case(lengths_q=(100, 0, 33, 270), lengths_k=(70, 12, 233, 270), head_dim=160, window_right=0, dtype=torch.bfloat16),
     Case(head_dim=400, batch=1, heads=2),
 )
 
@@ -32,6 +33,23 @@ def backend(request: pytest.FixtureRequest):
     _C.set_backends(EMULATED[request.param])
     yield request.param
     _C.set_backends([])
+
+
+def kernels_that_run(case: Case, names: set[str]) -> set[str]:
+    """Those of `names` that a forward and backward on the emulated Hopper take."""
+
+    def count(name: str) -> int:
+        function = ctypes.CDLL(str(EMULATOR)).fae_count_grids
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+        return function(name.encode())
+
+    before = {name: count(name) for name in names}
+    _C.set_backends(EMULATED["sm90_emulated"])
+    try:
+        case.run_ours(case.make())
+    finally:
+        _C.set_backends([])
+    return {name for name, runs in before.items() if count(name) > runs}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -71,21 +89,16 @@ def test_it_is_the_kernels_that_run(backend: str) -> None:
     ids=str,
 )
 def test_kernel_of_the_gradient_of_a_shared_bias(changes: dict[str, object], kernel: str) -> None:
-    def count(name: str) -> int:
-        function = ctypes.CDLL(str(EMULATOR)).fae_count_grids
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
-        return function(name.encode())
-
     case = Case(seqlen_q=40, seqlen_k=72, head_dim=64, bias="1hqk", dtype=torch.bfloat16).but(**changes)
-    kernels = [f"sm{level} bias gradient" for level in (80, 90)]
-    before = {name: count(name) for name in {*kernels, kernel}}
-    _C.set_backends(EMULATED["sm90_emulated"])
-    try:
-        case.run_ours(case.make())
-    finally:
-        _C.set_backends([])
-    ran = {name for name, runs in before.items() if count(name) > runs}
-    assert ran == {kernel, kernel.removesuffix(" sum")}
+    kernels = {f"sm{level} bias gradient" for level in (80, 90)}
+    assert kernels_that_run(case, kernels | {kernel}) == {kernel, kernel.removesuffix(" sum")}
+
+
+def test_kernels_of_large_head_dims() -> None:
+    case = Case(head_dim=192, dtype=torch.bfloat16)
+    separate, shared = {"sm90 dQ", "sm90 dK, dV"}, {"sm90 backward"}
+    assert kernels_that_run(case, separate | shared) == separate
+    assert kernels_that_run(case.but(softcap=3.0), separate | shared) == shared
 
 
 def test_tf32_is_taken_where_it_is_allowed(backend: str) -> None:

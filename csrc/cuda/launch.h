@@ -18,6 +18,7 @@ struct Grid {
   size_t shared_bytes = 0;  // dynamic
   bool loops = false;       // blocks stride over the work: fewer of them do, where there are more than a grid can have
   bool overlaps = false;    // may begin while the kernel before ends, for which it then waits (Hopper; sm90/ptx.h)
+  int cluster = 1;          // blocks that run side by side (Hopper; sm90/ptx.h)
 };
 
 #if defined(__CUDACC__)
@@ -45,11 +46,19 @@ void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void* s
   config.blockDim.x = static_cast<unsigned>(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = grid.overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (grid.overlaps) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else reports it again
@@ -83,7 +92,7 @@ inline size_t shared_memory_per_block() {
 
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void*, std::type_identity_t<Args>... args) {
-  emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(args...); });
+  emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, [&] { kernel(args...); });
 }
 
 inline int multiprocessors() { return 3; }  // few enough for blocks that stay to have several tiles each

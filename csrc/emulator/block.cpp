@@ -65,10 +65,26 @@ struct BoxLoad {
   uint32_t barrier;
 };
 
-struct Block {
+struct RemoteStore {
+  uint32_t address, barrier;  // as in_block() gives them
+  char bytes[16];
+};
+
+struct Block;
+
+struct Cluster {
   const char* kernel_name;
   const std::function<void()>* kernel;
-  unsigned index = 0, grid = 0;
+  unsigned grid = 0;
+  std::vector<std::unique_ptr<Block>> blocks;
+  int at_barrier = 0, live = 0;
+  std::deque<RemoteStore> stores;  // that have not arrived
+  jmp_buf scheduler;
+};
+
+struct Block {
+  Cluster* cluster;
+  unsigned index = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::vector<char> shared;
@@ -78,11 +94,13 @@ struct Block {
 
   Fiber* running = nullptr;
   unsigned running_index = 0;
-  jmp_buf scheduler;
 };
 
-Block* block = nullptr;
+constexpr int kRankShift = 24;  // of an address in another block
+
+Block* block = nullptr;  // of the running thread
 const char* const kBarrier = "__syncthreads";
+const char* const kClusterBarrier = "barrier.cluster";
 const char* const kMemoryBarrier = "mbarrier";
 std::map<std::string, int64_t> grids;  // by the kernel's name, how many have run
 
@@ -100,22 +118,24 @@ bool can_run(const Fiber& f) {
 }
 
 void suspend() {
-  if (_setjmp(block->running->resume) == 0) _longjmp(block->scheduler, 1);
+  if (_setjmp(block->running->resume) == 0) _longjmp(block->cluster->scheduler, 1);
 }
 
 void enter_fiber() {
-  (*block->kernel)();
+  (*block->cluster->kernel)();
   if (!block->running->stores.empty() || !block->running->open_stores.empty()) fail("it leaves stores behind");
   block->running->done = true;
   --block->live;
-  _longjmp(block->scheduler, 1);
+  --block->cluster->live;
+  _longjmp(block->cluster->scheduler, 1);
 }
 
-void resume(unsigned index) {
+void resume(Block& of, unsigned index) {
+  block = &of;
   Fiber& f = *block->fibers[index];
   block->running = &f;
   block->running_index = index;
-  if (_setjmp(block->scheduler) != 0) return;
+  if (_setjmp(block->cluster->scheduler) != 0) return;
   if (f.started) _longjmp(f.resume, 1);
   f.started = true;
   setcontext(&f.start);
@@ -173,31 +193,67 @@ void deliver_load(bool newest) {
   barrier.end_phase_if_complete();
 }
 
-// Lets every thread run as far as it gets, a warp at a time, until all have returned.
-void run_block(bool backward) {
-  const auto warps = static_cast<unsigned>(block->warps.size());
-  while (block->live > 0) {
-    bool progress = false;
-    for (unsigned i = 0; i < warps; ++i) {
-      const unsigned warp = backward ? warps - 1 - i : i;
-      for (bool moved = true; moved;) {
-        moved = false;
-        for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
-          const unsigned index = warp * kWarpThreads + lane;
-          if (!can_run(*block->fibers[index])) continue;
-          resume(index);
-          moved = progress = true;
-        }
+void deliver_store(Cluster& cluster) {
+  const RemoteStore store = cluster.stores.front();
+  cluster.stores.pop_front();
+  block = cluster.blocks[store.address >> kRankShift].get();
+  constexpr uint32_t kOffset = (uint32_t{1} << kRankShift) - 1;
+  std::memcpy(shared_bytes(store.address & kOffset, 16), store.bytes, 16);
+  Barrier& barrier = barrier_at(store.barrier & kOffset);
+  barrier.missing_bytes -= 16;
+  barrier.end_phase_if_complete();
+}
+
+// Lets every thread of a block run as far as it gets, a warp at a time; whether any has moved.
+bool advance(Block& of, bool backward) {
+  const auto warps = static_cast<unsigned>(of.warps.size());
+  bool progress = false;
+  for (unsigned i = 0; i < warps; ++i) {
+    const unsigned warp = backward ? warps - 1 - i : i;
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
+        const unsigned index = warp * kWarpThreads + lane;
+        block = &of;
+        if (!can_run(*of.fibers[index])) continue;
+        resume(of, index);
+        moved = progress = true;
       }
     }
-    if (block->at_barrier > 0 && block->at_barrier == block->live) {
-      block->at_barrier = 0;
-      for (const auto& f : block->fibers)
-        if (f->waiting == kBarrier) f->waiting = nullptr;
+  }
+  return progress;
+}
+
+// Lets the threads that wait at a barrier go on.
+void open_barrier(Block& of, const char* name) {
+  for (const auto& f : of.fibers)
+    if (f->waiting == name) f->waiting = nullptr;
+}
+
+// Until all threads of the cluster have returned.
+void run_cluster(Cluster& cluster, bool backward) {
+  while (cluster.live > 0) {
+    bool progress = false;
+    for (const auto& b : cluster.blocks) {
+      progress |= advance(*b, backward);
+      if (b->at_barrier == 0 || b->at_barrier != b->live) continue;
+      b->at_barrier = 0;
+      open_barrier(*b, kBarrier);
       progress = true;
     }
-    if (!progress && !block->loads.empty()) {
+    if (cluster.at_barrier > 0 && cluster.at_barrier == cluster.live) {
+      cluster.at_barrier = 0;
+      for (const auto& b : cluster.blocks) open_barrier(*b, kClusterBarrier);
+      progress = true;
+    }
+    for (const auto& b : cluster.blocks) {
+      if (progress || b->loads.empty()) continue;
+      block = b.get();
       deliver_load(backward);
+      progress = true;
+    }
+    if (!progress && !cluster.stores.empty()) {
+      deliver_store(cluster);
       progress = true;
     }
     if (!progress) fail("no thread can go on");
@@ -216,7 +272,7 @@ void perform(const std::vector<Copy>& group) {
 
 Index thread_index() { return {block->running_index}; }
 Index block_index() { return {block->index}; }
-Index grid_size() { return {block->grid}; }
+Index grid_size() { return {block->cluster->grid}; }
 char* shared_memory() { return block->shared.data(); }
 
 void warp_operation(const char* name, WarpOperation operation, const void* in, void* out) {
@@ -262,16 +318,18 @@ char* shared_bytes(uint32_t offset, int bytes) {
 }
 
 void fail(const std::string& what) {
-  std::fprintf(stderr, "emulator: kernel %s, block %u, thread %u: %s\n", block->kernel_name, block->index,
+  std::fprintf(stderr, "emulator: kernel %s, block %u, thread %u: %s\n", block->cluster->kernel_name, block->index,
                block->running_index, what.c_str());
-  std::string before;
-  for (size_t i = 0; i < block->fibers.size(); ++i) {
-    const Fiber& f = *block->fibers[i];
-    std::string where = f.done ? "has returned" : f.waiting ? std::string("waits in ") + f.waiting : "can run";
-    if (f.waiting == kMemoryBarrier)
-      where += " at " + std::to_string(f.barrier) + " for parity " + std::to_string(f.parity);
-    if (where != before) std::fprintf(stderr, "  from thread %zu on: %s\n", i, where.c_str());
-    before = where;
+  for (const auto& b : block->cluster->blocks) {
+    std::string before;
+    for (size_t i = 0; i < b->fibers.size(); ++i) {
+      const Fiber& f = *b->fibers[i];
+      std::string where = f.done ? "has returned" : f.waiting ? std::string("waits in ") + f.waiting : "can run";
+      if (f.waiting == kMemoryBarrier)
+        where += " at " + std::to_string(f.barrier) + " for parity " + std::to_string(f.parity);
+      if (where != before) std::fprintf(stderr, "  block %u, from thread %zu on: %s\n", b->index, i, where.c_str());
+      before = where;
+    }
   }
   std::abort();
 }
@@ -297,6 +355,26 @@ void wait_for_barrier(uint32_t offset, int parity) {
   f.parity = parity;
   suspend();
   f.waiting = nullptr;
+}
+
+int cluster_rank() { return static_cast<int>(block->index % block->cluster->blocks.size()); }
+void cluster_barrier() {
+  block->running->waiting = kClusterBarrier;
+  ++block->cluster->at_barrier;
+  suspend();
+}
+uint32_t in_block(uint32_t offset, int rank) { return offset | static_cast<uint32_t>(rank) << kRankShift; }
+void store_later(uint32_t address, const void* bytes, uint32_t barrier) {
+  RemoteStore store{address, barrier, {}};
+  std::memcpy(store.bytes, bytes, 16);
+  block->cluster->stores.push_back(store);
+}
+void arrive_in_block(uint32_t barrier) {
+  Block* const own = block;
+  block = own->cluster->blocks[barrier >> kRankShift].get();
+  if (block->live == 0) fail("an arrival at a block that has ended");
+  arrive_at_barrier(barrier & ((uint32_t{1} << kRankShift) - 1), 0);
+  block = own;
 }
 
 void load_box_later(const BoxCopy& copy, uint32_t barrier) { block->loads.push_back({copy, barrier}); }
@@ -328,40 +406,50 @@ void wait_for_deferred(int groups_left) {
     for (const auto& work : groups.front()) work();
 }
 
-void run_grid(const char* name, int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel) {
+void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int cluster,
+              const std::function<void()>& kernel) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   ++grids[name];
-  static std::vector<std::unique_ptr<Fiber>> stacks;  // kept from grid to grid
+  static std::vector<std::unique_ptr<Fiber>> spare;  // their stacks are kept from grid to grid
   const char* order = std::getenv("FAE_EMULATOR_ORDER");
   const bool backward = order && std::string(order) == "backward";
 
-  Block state;
+  Cluster state;
   state.kernel_name = name;
   state.kernel = &kernel;
   state.grid = static_cast<unsigned>(blocks);
-  state.fibers = std::move(stacks);
-  while (state.fibers.size() < static_cast<size_t>(threads)) state.fibers.push_back(std::make_unique<Fiber>());
-  std::vector<std::unique_ptr<Fiber>> spare;
-  while (state.fibers.size() > static_cast<size_t>(threads)) {
-    spare.push_back(std::move(state.fibers.back()));
-    state.fibers.pop_back();
+  for (int rank = 0; rank < cluster; ++rank) {
+    state.blocks.push_back(std::make_unique<Block>());
+    Block& b = *state.blocks.back();
+    b.cluster = &state;
+    b.warps.resize(threads / kWarpThreads);
+    for (int i = 0; i < threads; ++i) {
+      b.fibers.push_back(spare.empty() ? std::make_unique<Fiber>() : std::move(spare.back()));
+      if (!spare.empty()) spare.pop_back();
+    }
   }
-  state.warps.resize(threads / kWarpThreads);
-  block = &state;
-  for (int64_t i = 0; i < blocks; ++i) {
-    state.index = static_cast<unsigned>(i);
-    state.shared.assign(shared, static_cast<char>(0xff));
-    state.live = threads;
-    state.barriers.clear();
-    for (const auto& f : state.fibers) prepare_fiber(*f);
-    run_block(backward);
-    if (!state.loads.empty()) fail("a tensor copy arrives after the block's end");
-    for (const Warp& warp : state.warps)
-      if (!warp.groups.empty() || !warp.open_group.empty()) fail("a warp leaves products behind");
+  for (int64_t first = 0; first < blocks; first += cluster) {
+    state.live = threads * cluster;
+    for (int rank = 0; rank < cluster; ++rank) {
+      Block& b = *state.blocks[rank];
+      b.index = static_cast<unsigned>(first + rank);
+      b.shared.assign(shared, static_cast<char>(0xff));
+      b.live = threads;
+      b.barriers.clear();
+      for (const auto& f : b.fibers) prepare_fiber(*f);
+    }
+    block = state.blocks[0].get();
+    run_cluster(state, backward);
+    if (!state.stores.empty()) fail("a store to another block arrives after its end");
+    for (const auto& b : state.blocks) {
+      if (!b->loads.empty()) fail("a tensor copy arrives after the block's end");
+      for (const Warp& warp : b->warps)
+        if (!warp.groups.empty() || !warp.open_group.empty()) fail("a warp leaves products behind");
+    }
   }
-  stacks = std::move(state.fibers);
-  for (auto& f : spare) stacks.push_back(std::move(f));
+  for (const auto& b : state.blocks)
+    for (auto& f : b->fibers) spare.push_back(std::move(f));
   block = nullptr;
 }
 

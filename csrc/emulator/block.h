@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-// A software model of one CUDA thread block, so that a machine without a GPU can run the kernels. Every CUDA thread is
-// a fiber; a fiber runs until it reaches an operation that needs others (of its warp, or of the block) and waits there.
-// Blocks run one after the other, in the order of their index.
+// A software model of CUDA thread blocks, so that a machine without a GPU can run the kernels. Every CUDA thread is a
+// fiber; a fiber runs until it reaches an operation that needs others (of its warp, block or cluster) and waits there.
+// Clusters, most of one block, run one after the other, in the order of their index.
 //
 // What goes wrong only sometimes on a GPU goes wrong here every time:
 // - Asynchronous copies and products happen when they are waited for, not before: operands that are overwritten too
@@ -53,6 +53,15 @@ void wait_for_copies(int groups_left);
 // `bytes` of shared memory at an offset; aborts where that is outside.
 char* shared_bytes(uint32_t offset, int bytes);
 
+// The block's number in its cluster; where all threads of the cluster wait for each other.
+int cluster_rank();
+void cluster_barrier();
+// What lies at an offset in the shared memory of another block of the cluster, for the two operations below.
+uint32_t in_block(uint32_t offset, int rank);
+// 16 bytes that arrive when no thread can go on without them, counted by a barrier of the same block.
+void store_later(uint32_t address, const void* bytes, uint32_t barrier);
+void arrive_in_block(uint32_t barrier);
+
 // Reports a mistake of the kernel and where every thread is, and aborts.
 [[noreturn]] void fail(const std::string& what);
 
@@ -84,7 +93,8 @@ void defer(std::function<void()> work);
 void close_deferred_group();
 void wait_for_deferred(int groups_left);
 
-// Runs `kernel` on every thread of a grid of one dimension.
-void run_grid(const char* name, int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel);
+// Runs `kernel` on every thread of a grid of one dimension, whose blocks belong to clusters of a size that divides it.
+void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int cluster,
+              const std::function<void()>& kernel);
 
 }  // namespace fae::emulator

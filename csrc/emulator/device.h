@@ -25,7 +25,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks run one at a time
+#define __shared__ static  // blocks run one at a time, where they belong to no cluster
 
 #define threadIdx (::fae::emulator::thread_index())
 #define blockIdx (::fae::emulator::block_index())

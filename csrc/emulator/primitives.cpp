@@ -76,10 +76,47 @@ void primitives_kernel(const PrimitivesCall call) {
   }
 }
 
+// Two thread blocks of one warp: the first sends 16 bytes a lane, as often as the second has made room for them.
+void exchange_kernel(uint32_t (*received)[32][4], int rounds) {
+  const uint32_t place = sm80::shared_offset(sm80::dynamic_shared_memory()), full = place + 32 * 16, empty = full + 8;
+  const int lane = lane_index();
+  if (lane == 0) {
+    init_barrier(full, 1);
+    init_barrier(empty, 1);
+  }
+  sync_cluster();
+  for (int round = 0; round < rounds; ++round) {
+    const auto parity = static_cast<uint32_t>(round % 2);
+    if (cluster_rank() == 0) {
+      wait(empty, parity ^ 1);
+      const auto number = static_cast<uint32_t>(round * 128 + lane * 4);
+      store_async(in_block(place + 16 * lane, 1), {number, number + 1, number + 2, number + 3}, in_block(full, 1));
+    } else {
+      arrive_expecting_if(full, 32 * 16, lane == 0);
+      wait(full, parity);
+      const uint4 x = sm80::load_shared_16_bytes(place + 16 * lane);
+      memcpy(received[round][lane], &x, sizeof(x));
+      __syncwarp();
+      arrive_in_block_if(in_block(empty, 0), lane == 0);
+    }
+  }
+  sync_cluster();
+}
+
+bool exchange_arrives() {
+  constexpr int kRounds = 3;
+  uint32_t received[kRounds][32][4] = {};
+  emulator::run_grid("exchange", 2, 32, 32 * 16 + 16, 2, [&] { exchange_kernel(received, kRounds); });
+  for (uint32_t i = 0; i < kRounds * 128; ++i)
+    if (received[i / 128][i / 4 % 32][i % 4] != i) return false;
+  return true;
+}
+
 }  // namespace
 
 // 0, or the number of the first check that failed.
 extern "C" FAE_API int fae_check_sm90_primitives() {
+  if (!exchange_arrives()) return 7;
   std::vector<T> in(kRows * kHeads * kCols), out(in.size(), T(-1.0f));
   const auto index = [](int row, int head, int col) { return (row * kHeads + head) * kCols + col; };
   for (int row = 0; row < kRows; ++row)
@@ -91,7 +128,7 @@ extern "C" FAE_API int fae_check_sm90_primitives() {
     };
     std::vector<float> straight(64 * 64), transposed(64 * 64), shared(64 * 64), half(64 * 32);
     const PrimitivesCall call{map(in), map(out), first, straight.data(), transposed.data(), shared.data(), half.data()};
-    emulator::run_grid("primitives", 1, 128, 64 * kCols * 2 + 8, [&] { primitives_kernel(call); });
+    emulator::run_grid("primitives", 1, 128, 64 * kCols * 2 + 8, 1, [&] { primitives_kernel(call); });
     const auto a = [&](int row, int col) {
       return first + row < kRows ? __bfloat162float(in[index(first + row, 1, col)]) : 0.0f;
     };

@@ -15,7 +15,20 @@ inline void arrive_if(uint32_t barrier, bool condition) {
   if (condition) emulator::arrive_at_barrier(barrier, 0);
 }
 inline void arrive_expecting(uint32_t barrier, int bytes) { emulator::arrive_at_barrier(barrier, bytes); }
+inline void arrive_expecting_if(uint32_t barrier, int bytes, bool condition) {
+  if (condition) emulator::arrive_at_barrier(barrier, bytes);
+}
 inline void wait(uint32_t barrier, uint32_t parity) { emulator::wait_for_barrier(barrier, static_cast<int>(parity)); }
+
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline void sync_cluster() { emulator::cluster_barrier(); }
+inline uint32_t in_block(uint32_t address, int rank) { return emulator::in_block(address, rank); }
+inline void arrive_in_block_if(uint32_t barrier, bool condition) {
+  if (condition) emulator::arrive_in_block(barrier);
+}
+inline void store_async(uint32_t address, const uint32_t (&x)[4], uint32_t barrier) {
+  emulator::store_later(address, x, barrier);
+}
 
 inline void prefetch(const TensorMap&) {}
 inline void let_next_begin() {}

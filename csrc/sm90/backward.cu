@@ -475,7 +475,7 @@ struct BackwardSpace : cuda::BackwardSpace {
   }
   static int64_t key_counters(const BackwardProblem& p) {
     return shared_key_blocks(p) * 4 * Config::kWarpgroups * (Config::kSeparate ? 2 : 1) +
-           (Config::kSeparate ? kGradients : 0);
+           (Config::kSeparate ? kGradientKernels : 0);
   }
 };
 

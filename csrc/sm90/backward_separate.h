@@ -5,19 +5,24 @@
 #include "backward_visit.h"
 #include "forward_movers.h"
 
-// The backward of head dims beyond 128, where scores have no terms: a kernel for each gradient.
+// The backward of head dims beyond 128, where scores have no terms: a kernel for dQ, and one for dK and dV.
 //   dQ = dS K,  dK = dS^T Q,  dV = P^T dO,  where P = exp(S - lse), dS = P (dP - delta), S = Q K^T, dP = dO V^T.
-// That is eight products instead of five. But a gradient of 128 rows or keys stays in the registers of two warpgroups,
-// as O does in the forward, and so do its P and dS: nobody adds to dQ in memory, and no warpgroup waits for another,
-// which took more time than the products do.
+// Registers of a thread block have room for the gradient of 128 rows or keys, as for O in the forward: nobody adds to
+// dQ in memory, and no warpgroup waits for another, which took more time than the products do. So dK and dV of the same
+// keys are with two thread blocks of a cluster. The first computes S and dV, the second dP and dK, and needs P for
+// that, which the first sends it: warp to warp, since both have the same elements in the same places. Those are seven
+// products instead of five, but at the speed of the forward.
 //
-// Thread blocks go through tiles as those of the forward do (forward.cu), with its loading warp. The kernels for dK and
-// dV look at the problem from the keys: queries and keys, and with them all that belongs to either, change places
-// (config.h, Gradient).
+// Thread blocks go through tiles as those of the forward do (forward.cu), with its loading warp. The kernel for dK and
+// dV looks at the problem from the keys: queries and keys, and with them all that belongs to either, change places
+// (config.h, GradientTile).
 
 namespace fae::sm90 {
 
-constexpr int kGradients = 3;
+constexpr int kGradientKernels = 2;
+enum class Gradient { query, key, value };
+// The thread blocks of a cluster, by their rank.
+constexpr int kValueRank = 0, kKeyRank = 1;
 
 struct GradientCall {
   Problem p;  // from the keys' side: with queries and keys exchanged, but for the number of heads
@@ -33,12 +38,19 @@ struct GradientCall {
       nullptr;  // the same by tile: what they have added up, by warpgroup in the order of the threads that hold it
 };
 
+// By rank.
+template <class Config>
+struct GradientCalls {
+  static constexpr int kCluster = Config::kFromKeys ? 2 : 1;
+  GradientCall of[kCluster];
+};
+
 // A warpgroup that computes, with 64 rows of the gradient.
-template <class T, class Config>
+template <class T, class Config, Gradient kGradient>
 class GradientComputer {
   using Memory = ForwardMemory<T, Config>;
-  static constexpr Gradient kGradient = Config::kGradient;
   static constexpr bool kFromKeys = Config::kFromKeys;  // then products bring lse and delta along
+  static_assert(kFromKeys == (kGradient != Gradient::query));
   static constexpr int N = Config::kKeys / 8, ND = Config::kDim / 8, kSteps = Config::kKeys / 16;
 
  public:
@@ -47,6 +59,7 @@ class GradientComputer {
         memory_(memory),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
+        p_(memory.ring_p(warp)),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
         scale_log2_(static_cast<float>(call.p.softmax_scale) * cuda::kLog2e) {}
@@ -61,7 +74,10 @@ class GradientComputer {
       const KeyBlocks<int> all = memory_.read_blocks(tile_, Config::kWarpgroups);
       skip(all.end - (mine.empty() ? all.begin : mine.end));
       if (!mine.empty()) {
-        kGradient == Gradient::value ? walk_values(mine) : walk(mine);
+        if constexpr (kFromKeys)
+          walk_keys(mine);
+        else
+          walk(mine);
         skip(mine.begin - all.begin);
       } else {
         release(memory_.ring_q(tile_));
@@ -92,13 +108,13 @@ class GradientComputer {
     }
   }
 
-  // dQ or dK: all blocks that the rows see, from the last to the first. S and dP are a block ahead.
+  // dQ: all blocks that the rows see, from the last to the first. S and dP are a block ahead.
   __device__ __forceinline__ void walk(const KeyBlocks<int>& blocks) {
-    if constexpr (!kFromKeys) load_statistics();
+    load_statistics();
     typename Memory::RingK ahead = k_;
     start_scores(ahead);
     memory_.ring_dout(tile_).wait_full();
-    start_dprob(ahead);
+    start_dprob();
     wait_products<1>();
     finish_scores(blocks, blocks.end - 1);
     finish_dprob(blocks, blocks.end - 1, ahead);
@@ -108,7 +124,7 @@ class GradientComputer {
       start_scores(ahead);
       wait_products<1>();
       finish_gradient(k_);
-      start_dprob(ahead);  // not before: there are no registers for it beside dS
+      start_dprob();  // not before: there are no registers for it beside dS
       wait_products<1>();
       finish_scores(blocks, block);
       finish_dprob(blocks, block, ahead);
@@ -118,12 +134,11 @@ class GradientComputer {
     finish_gradient(k_);
   }
 
-  // dV, likewise.
-  __device__ __forceinline__ void walk_values(const KeyBlocks<int>& blocks) {
+  // dV = P^T dO or dK = dS^T Q, likewise: what P or dS is made of, S or dP, is a block ahead.
+  __device__ __forceinline__ void walk_keys(const KeyBlocks<int>& blocks) {
     start_scores(k_);
     wait_products<0>();
-    finish_scores(blocks, blocks.end - 1);
-    release(k_);
+    finish_left(blocks, blocks.end - 1);
     pack(scores_);
 #pragma unroll 1
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
@@ -131,8 +146,7 @@ class GradientComputer {
       v_.wait_full();
       start_gradient(memory_.v(v_.stage()));
       wait_products<1>();
-      finish_scores(blocks, block);
-      release(k_);
+      finish_left(blocks, block);
       wait_products<0>();
       finish_gradient(v_);
       pack(scores_);
@@ -141,6 +155,56 @@ class GradientComputer {
     start_gradient(memory_.v(v_.stage()));
     wait_products<0>();
     finish_gradient(v_);
+  }
+  __device__ __forceinline__ void finish_left(const KeyBlocks<int>& blocks, int block) {
+    fence_registers(scores_.x[0]);
+    release(k_);
+    if constexpr (kGradient == Gradient::value) {
+      finish_scores(blocks, block);
+      send_prob();
+    } else {
+      if (block == blocks.begin) release(memory_.ring_q(tile_));
+      multiply_by_prob();
+    }
+  }
+
+  // P to the warp of the other thread block that has the same elements of dP, as binary16: it is 1 at most.
+  __device__ __forceinline__ void send_prob() {
+    p_.wait_empty();
+    const uint32_t place = in_block(memory_.p(p_.stage(), warp()) + 16 * lane_index(), kKeyRank);
+    const uint32_t full = in_block(p_.full(), kKeyRank);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        words[i] = sm80::pack(scores_.x[0][n + i / 2][i % 2 * 2], scores_.x[0][n + i / 2][i % 2 * 2 + 1], __half{});
+      store_async(place + n / 2 * kPieceBytes, words, full);
+    }
+    p_.advance();
+  }
+  // dS = P dP.
+  __device__ __forceinline__ void multiply_by_prob() {
+    arrive_expecting_if(p_.full(), Memory::kPBytes, lane_index() == 0);
+    p_.wait_full();
+    const uint32_t place = memory_.p(p_.stage(), warp()) + 16 * lane_index();
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      const uint4 piece = sm80::load_shared_16_bytes(place + n / 2 * kPieceBytes);
+      const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        __half2 pair;
+        memcpy(static_cast<void*>(&pair), &words[i], sizeof(pair));
+        const float2 p = __half22float2(pair);
+        scores_.x[0][n + i / 2][i % 2 * 2] *= p.x;
+        scores_.x[0][n + i / 2][i % 2 * 2 + 1] *= p.y;
+      }
+    }
+    fence_registers(scores_.x[0]);  // P has been used
+    __syncwarp();
+    arrive_in_block_if(in_block(p_.empty(), kValueRank), lane_index() == 0);
+    p_.advance();
   }
 
   // lse (0 of a row without keys) and delta.
@@ -156,21 +220,20 @@ class GradientComputer {
     });
   }
 
-  // S = Q K^T, from the keys' side less lse / scale.
+  // S = Q K^T. From the keys' side less lse / scale; or dP = V dO^T - delta, where dO is called K.
   __device__ __forceinline__ void start_scores(const typename Memory::RingK& k) {
     k.wait_full();
     const Memory memory = memory_.unknown();
     begin_products();
-    start_folded<kFromKeys>(scores_, memory.lse_selector(), memory.q(0, warpgroup_), memory_.k(k.stage()),
-                            memory_.statistics(k.stage()));
+    start_folded<kFromKeys>(scores_, kGradient == Gradient::key ? memory.delta_selector() : memory.lse_selector(),
+                            memory.q(0, warpgroup_), memory_.k(k.stage()), memory_.statistics(k.stage()));
   }
-  // dP = dO V^T, from the keys' side less delta.
-  __device__ __forceinline__ void start_dprob(const typename Memory::RingK& k) {
+  // dP = dO V^T.
+  __device__ __forceinline__ void start_dprob() {
     v_.wait_full();
     const Memory memory = memory_.unknown();
     begin_products();
-    start_folded<kFromKeys>(dprob_, memory.delta_selector(), memory.dout(0, warpgroup_), memory_.v(v_.stage()),
-                            memory_.statistics(k.stage()));
+    start_straight(dprob_, memory.dout(0, warpgroup_), memory_.v(v_.stage()));
   }
 
   // P. No probability exceeds 1, but for the rounding of huge scores. After the last block, the next tile's Q can come.
@@ -196,7 +259,7 @@ class GradientComputer {
     release(v_);
     dprob_.for_each([&](int m, int half, int n, int e) {
       float& x = dprob_.at(m, half, n, e);
-      x = scores_.at(m, half, n, e) * (kFromKeys ? x : x - delta_[half]);
+      x = scores_.at(m, half, n, e) * (x - delta_[half]);
     });
     pack(dprob_);
   }
@@ -239,7 +302,7 @@ class GradientComputer {
     const int slot = first + tile.row_begin / Config::kRows;
     float* const partial = call_.partial + int64_t{slot} * Config::kRows * Config::kDim;
     take_turn(
-        call_.turns + slot * 4 * Config::kWarpgroups + warpgroup_ * 4 + warp_row_ / 16, rank, rank + 1 == group,
+        call_.turns + slot * 4 * Config::kWarpgroups + warp(), rank, rank + 1 == group,
         [&] { leave(partial, warpgroup_ * ND, gradient_, rank); },
         [&] {
           collect(partial, warpgroup_ * ND, gradient_, rank);
@@ -253,10 +316,14 @@ class GradientComputer {
     ring.advance();
   }
 
+  __device__ __forceinline__ int warp() const { return warpgroup_ * 4 + warp_row_ / 16; }
+
+  static constexpr int kPieceBytes = 16 * cuda::kWarpThreads;  // of P, by lane
   const GradientCall& call_;
   const Memory memory_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
+  typename Memory::RingP p_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
   const float scale_log2_;
   unsigned tile_ = 0;
@@ -267,8 +334,11 @@ class GradientComputer {
 };
 
 template <class T, class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) gradient_kernel(const __grid_constant__ GradientCall call) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    gradient_kernel(const __grid_constant__ GradientCalls<Config> calls) {
   const ForwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  const int rank = Config::kFromKeys ? cluster_rank() : 0;
+  const GradientCall& call = calls.of[rank];
   if (Config::kHasStatistics && threadIdx.x < 64) init_selectors(memory.lse_selector(), static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&call.q, &call.k, &call.v}) prefetch(*map);
@@ -276,20 +346,26 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gradient_kernel(const __g
     if (Config::kHasStatistics) prefetch(call.statistics);
     memory.init_barriers();
   }
-  __syncthreads();
-  // The three kernels need nothing of each other: one begins where the one before has nothing left to do, and ends
-  // after it, so that what follows the last one follows all of them.
-  if (Config::kGradient == Gradient::query) wait_for_previous();
+  Config::kFromKeys ? sync_cluster() : __syncthreads();
+  // The kernels need nothing of each other: one begins where the one before has nothing left to do, and ends after it,
+  // so that what follows the last one follows all of them.
+  if (!Config::kFromKeys) wait_for_previous();
   let_next_begin();
   const int warp = uniform(warp_index());
   if (warp < 4) {
     give_registers_back<Config::kMoverRegisters>();
     if (warp == 0) Loader<T, Config, GradientCall>(call, memory).run();
-    if (warp == 1 && Config::kGradient != Gradient::query) wait_for_previous();
+    if (warp == 1 && Config::kFromKeys) wait_for_previous();
   } else {
     take_registers<Config::kComputeRegisters>();
-    GradientComputer<T, Config>(call, memory, warp - 4).run();
+    if constexpr (!Config::kFromKeys)
+      GradientComputer<T, Config, Gradient::query>(call, memory, warp - 4).run();
+    else if (rank == kValueRank)
+      GradientComputer<T, Config, Gradient::value>(call, memory, warp - 4).run();
+    else
+      GradientComputer<T, Config, Gradient::key>(call, memory, warp - 4).run();
   }
+  if (Config::kFromKeys) sync_cluster();  // neither is gone while the other one may still send it something
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -314,21 +390,23 @@ GradientCall gradient_call(const Problem& p, int* counter) {
 }
 
 template <class T, class Config>
-void launch_gradient(const char* name, const GradientCall& call, const Execution& execution) {
-  const cuda::Grid grid{.blocks = std::min<int64_t>(call.schedule.size(), cuda::multiprocessors()),
+void launch_gradients(const char* name, const GradientCalls<Config>& calls, const Execution& execution) {
+  constexpr int kCluster = GradientCalls<Config>::kCluster;
+  const int64_t clusters = std::min<int64_t>(calls.of[0].schedule.size(), cuda::multiprocessors() / kCluster);
+  const cuda::Grid grid{.blocks = clusters * kCluster,
                         .threads = Config::kThreads,
                         .shared_bytes = ForwardMemory<T, Config>::kBytes,
-                        .overlaps = true};
-  cuda::launch(name, gradient_kernel<T, Config>, grid, execution.stream, call);
+                        .overlaps = true,
+                        .cluster = kCluster};
+  cuda::launch(name, gradient_kernel<T, Config>, grid, execution.stream, calls);
 }
 
 // The problem and its workspace as prepare_backward has left them.
 template <class T, int kHeadDim, class Space>
 void run_separate_kernels(const BackwardProblem& p, const Space& space, const Execution& execution) {
-  using QueryConfig = GradientConfig<kHeadDim, Gradient::query>;
-  using KeyConfig = GradientConfig<kHeadDim, Gradient::key>;
-  using ValueConfig = GradientConfig<kHeadDim, Gradient::value>;
-  static_assert(KeyConfig::kRows == QueryConfig::kRows && ValueConfig::kKeys == QueryConfig::kKeys);
+  using QueryConfig = GradientConfig<kHeadDim, false>;
+  using KeyConfig = GradientConfig<kHeadDim, true>;
+  static_assert(KeyConfig::kRows == QueryConfig::kRows && KeyConfig::kKeys == QueryConfig::kKeys);
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   const auto of_queries = [&](const TensorView& view, int64_t cols, int rows) {
     return make_tensor_map(p.dtype, view, {cols, p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, p.heads, batch}, rows);
@@ -346,25 +424,24 @@ void run_separate_kernels(const BackwardProblem& p, const Space& space, const Ex
   dq.k = of_keys(p.k, p.head_dim, kBlock), dq.v = of_keys(p.v, p.head_dim_v, kBlock);
   dq.lse = p.lse, dq.delta = p.delta;
   dq.gradient = p.dq, dq.cols = static_cast<int>(p.head_dim), dq.scale = scale;
-  launch_gradient<T, QueryConfig>("sm90 dQ", dq, execution);
+  launch_gradients<T, QueryConfig>("sm90 dQ", {{dq}}, execution);
 
-  const Problem seen = seen_from_keys(p);
-  GradientCall dk = gradient_call<T, KeyConfig>(seen, counters + 1);
-  dk.q = of_keys(p.k, p.head_dim, kWarpgroupRows), dk.dout = of_keys(p.v, p.head_dim_v, kWarpgroupRows);
-  dk.k = of_queries(p.q, p.head_dim, kBlock), dk.v = of_queries(p.dout, p.head_dim_v, kBlock);
-  dk.statistics = make_tensor_map(DType::bfloat16, statistics,
+  GradientCall dv = gradient_call<T, KeyConfig>(seen_from_keys(p), counters + 1);
+  dv.statistics = make_tensor_map(DType::bfloat16, statistics,
                                   {8, p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, p.heads, batch}, kBlock, 8);
-  dk.gradient = p.dk, dk.cols = static_cast<int>(p.head_dim), dk.scale = scale;
-  dk.turns = counters + kGradients, dk.partial = space.dkv_partial;
-  launch_gradient<T, KeyConfig>("sm90 dK", dk, execution);
-
-  GradientCall dv = gradient_call<T, ValueConfig>(seen, counters + 2);
-  dv.q = dk.q, dv.k = dk.k, dv.v = dk.v, dv.statistics = dk.statistics;
+  dv.turns = counters + kGradientKernels, dv.partial = space.dkv_partial;
+  GradientCall dk = dv;
+  dv.q = of_keys(p.k, p.head_dim, kWarpgroupRows);
+  dv.k = of_queries(p.q, p.head_dim, kBlock), dv.v = of_queries(p.dout, p.head_dim_v, kBlock);
   dv.gradient = p.dv, dv.cols = static_cast<int>(p.head_dim_v);
+
+  dk.q = of_keys(p.v, p.head_dim_v, kWarpgroupRows), dk.k = dv.v, dk.v = dv.k;
+  dk.gradient = p.dk, dk.cols = static_cast<int>(p.head_dim), dk.scale = scale;
   const int64_t slots = space.shared_key_blocks(p);
-  dv.turns = dk.turns + slots * 4 * ValueConfig::kWarpgroups;
-  dv.partial = dk.partial + slots * ValueConfig::kRows * ValueConfig::kDim;
-  launch_gradient<T, ValueConfig>("sm90 dV", dv, execution);
+  dk.turns += slots * 4 * KeyConfig::kWarpgroups;
+  dk.partial += slots * KeyConfig::kRows * KeyConfig::kDim;
+  static_assert(kValueRank == 0 && kKeyRank == 1);
+  launch_gradients<T, KeyConfig>("sm90 dK, dV", {{dv, dk}}, execution);
 }
 
 }  // namespace fae::sm90

@@ -20,7 +20,8 @@ struct ForwardTile {
   static constexpr int kRows = kWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   // Kernels for one gradient are made of the same parts.
   static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
-  static constexpr bool kLatePv = true;  // V is used a block later than K
+  static constexpr bool kLatePv = true;     // V is used a block later than K
+  static constexpr bool kPlansLate = true;  // a tile is drawn shortly before it begins
   // O leaves by way of the place that its Q has had. Where that is the only place, the Q of the next tile would have to
   // wait for it: then threads store O, and Q gives its place up when the last scores are there.
   static constexpr bool kStoresByCopy = kStagesQ > 1;
@@ -52,24 +53,22 @@ struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
 template <Terms kTerms>
 struct ForwardConfig<256, kTerms> : ForwardTile<2, 64, 256, 256, 1, 3, 2> {};
 
-// A kernel for one gradient (backward_separate.h). For dK and dV, queries and keys change places: what is called Q here
-// is K, dO is V, K is Q, and V is dO. Only dV does without dP, and with it without dO.
-enum class Gradient { query, key, value };
-
-template <int kDim, Gradient kGradient_, int kStagesK, int kStagesV>
+// A kernel for dQ, or one for dK and dV (backward_separate.h). From the keys, queries and keys change places: what is
+// called Q here is K, or V where a thread block has dK; kKeys are rows of Q and dO; only dQ has dO beside Q.
+template <int kDim, bool kFromKeys_, int kStagesK, int kStagesV>
 struct GradientTile : ForwardTile<2, 64, kDim, kDim, 1, kStagesK, kStagesV> {
-  static constexpr Gradient kGradient = kGradient_;
-  static constexpr bool kFromKeys = kGradient != Gradient::query, kHasStatistics = kFromKeys;
-  static constexpr bool kHasDout = kGradient != Gradient::value, kClearsK = kHasDout, kLatePv = !kHasDout;
+  static constexpr bool kFromKeys = kFromKeys_, kHasStatistics = kFromKeys;
+  static constexpr bool kHasDout = !kFromKeys, kClearsK = true, kLatePv = kFromKeys;
+  static constexpr bool kPlansLate = false;  // few stages: products would wait for the plan; measured at 0.88 to 1.02
 };
-template <int kHeadDim, Gradient kGradient>
+template <int kHeadDim, bool kFromKeys>
 struct GradientConfig;
-template <Gradient kGradient>
-struct GradientConfig<192, kGradient> : GradientTile<192, kGradient, 3, 2> {};
-template <Gradient kGradient>
-struct GradientConfig<256, kGradient> : GradientTile<256, kGradient, 2, 1> {};
+template <bool kFromKeys>
+struct GradientConfig<192, kFromKeys> : GradientTile<192, kFromKeys, 3, 2> {};
 template <>
-struct GradientConfig<256, Gradient::value> : GradientTile<256, Gradient::value, 2, 3> {};
+struct GradientConfig<256, false> : GradientTile<256, false, 2, 1> {};
+template <>
+struct GradientConfig<256, true> : GradientTile<256, true, 2, 2> {};
 
 // A thread block of the backward: one warpgroup that moves data and two that compute. kRows: of a query block.
 template <int kRows_, int kKeys_, int kDim_>
@@ -109,7 +108,7 @@ struct WideBackwardTile : BackwardBlock<64, kWarpgroupRows, kDim> {
   static constexpr int kQueryCols = kDim / 2;                     // and of dQ
 };
 
-// A kernel for each gradient: what their workspace follows from.
+// Separate kernels: what their workspace follows from.
 template <int kDim>
 struct SeparateBackward : BackwardBlock<64, 2 * kWarpgroupRows, kDim> {
   static constexpr bool kWide = false, kSeparate = true;

@@ -39,6 +39,10 @@ struct ForwardMemory {
   using RingQ = Ring<Config::kStagesQ>;
   using RingK = Ring<Config::kStagesK>;
   using RingV = Ring<Config::kStagesV>;
+  // What thread blocks of a cluster send each other: a ring's full buffers are with the receiver, and the barriers of
+  // its empty ones with the sender. P of a warp, in binary16: its 16 rows of a block of keys.
+  using RingP = Ring<2>;
+  static constexpr int kWarps = 4 * Config::kWarpgroups, kPBytes = 16 * Config::kKeys * 2;
   static_assert(O::kBytes <= Q::kBytes);
   // One tile is being finished, the next one's Q may be there, and the one after that is known to the loading warp.
   using Tiles = NumberedBuffers<3>;
@@ -53,11 +57,15 @@ struct ForwardMemory {
   static constexpr int kRingK = kBarriers + RingQ::kBytes, kRingV = kRingK + RingK::kBytes;
   static constexpr int kOutFull = kRingV + RingV::kBytes, kTail = kOutFull + 8 * Config::kStagesQ;
   static constexpr int kTurns = kTail + 8, kRingDout = kTurns + 8 * Config::kWarpgroups;
+  static constexpr int kRingP = kRingDout + (Config::kHasDout ? RingQ::kBytes : 0);
+  static constexpr int kRingTickets = kRingP + (Config::kFromKeys ? kWarps * RingP::kBytes : 0);
+  static constexpr int kTickets = (kRingTickets + (Config::kFromKeys ? RingP::kBytes : 0) + 15) / 16 * 16;
   // The rows of a tile: Q, and behind it dO where there is one.
-  static constexpr int kQ = (kRingDout + (Config::kHasDout ? RingQ::kBytes : 0) + 1023) / 1024 * 1024;
+  static constexpr int kQ = (kTickets + (Config::kFromKeys ? RingP::kStages * 16 : 0) + 1023) / 1024 * 1024;
   static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes * (Config::kHasDout ? 2 : 1);
   static constexpr int kK = kQ + Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
-  static constexpr int kBytes = kV + Config::kStagesV * V::kBytes;
+  static constexpr int kP = kV + Config::kStagesV * V::kBytes;
+  static constexpr int kBytes = kP + (Config::kFromKeys ? RingP::kStages * kWarps * kPBytes : 0);
   static_assert(kBytes <= 227 * 1024);
 
   uint32_t base;
@@ -78,6 +86,10 @@ struct ForwardMemory {
   __device__ RingQ ring_dout(unsigned tile = 0) const { return RingQ(base + kRingDout, tile); }
   __device__ RingK ring_k() const { return RingK(base + kRingK); }
   __device__ RingV ring_v() const { return RingV(base + kRingV); }
+  __device__ RingP ring_p(int warp) const { return RingP(base + kRingP + warp * RingP::kBytes); }
+  __device__ RingP ring_tickets() const { return RingP(base + kRingTickets); }
+  __device__ uint32_t p(int stage, int warp) const { return base + kP + (stage * kWarps + warp) * kPBytes; }
+  __device__ uint32_t ticket(int stage) const { return base + kTickets + 16 * stage; }
   // O is complete in the place of Q; rows of K or V have arrived, of which some must be cleared.
   __device__ uint32_t out_full(int stage) const { return base + kOutFull + 8 * stage; }
   __device__ uint32_t tail_full() const { return base + kTail; }
@@ -92,6 +104,10 @@ struct ForwardMemory {
     init_barrier(tail_full(), 1);
     for (int i = 0; i < Config::kWarpgroups; ++i) init_barrier(turn(i), 4);
     if (Config::kHasDout) ring_dout().init(1, 4 * Config::kWarpgroups);
+    if (Config::kFromKeys) {
+      for (int i = 0; i < kWarps; ++i) ring_p(i).init(1, 1);
+      ring_tickets().init(1, 1);
+    }
     fence_barrier_init();
   }
 

@@ -14,6 +14,7 @@ class Loader {
   // Where tiles wait for tiles before them, those have to be certain to run: none is kept for a thread block that may
   // not have begun.
   static constexpr bool kDrawsAll = Config::kFromKeys;
+  static constexpr int kPlannedBlocks = 2;  // that are still to be loaded when the next tile is taken
 
  public:
   __device__ Loader(const Call& call, const Memory& memory)
@@ -24,10 +25,10 @@ class Loader {
         dout_(memory.ring_dout()),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
+        tickets_(memory.ring_tickets()),
         first_(lane_index() == 0) {}
 
   __device__ void run() {
-    index_ = kDrawsAll ? draw() : blockIdx.x;
     plan(0);
     publish(0);
     load_first_k(0);
@@ -41,13 +42,14 @@ class Loader {
 
  private:
   // Takes the next tile that has rows, works out what it needs and leaves that for everybody. The divisions take as
-  // long as a block of keys: this happens a tile ahead, while loads are under way.
+  // long as a block of keys: this happens while loads of the tile before are under way. Where tiles are drawn, while
+  // its last ones are: a tile that is taken waits for its thread block, even if others have nothing left to do.
   __device__ void plan(unsigned number) {
     Work work = {.batch = -1};
+    index_ = number == 0 && !kDrawsAll ? blockIdx.x : next_index();
 #pragma unroll 1
-    while (work.batch < 0 && index_ < static_cast<unsigned>(call_.schedule.size())) {
+    for (; index_ < static_cast<unsigned>(call_.schedule.size()); index_ = next_index()) {
       const Tile tile = call_.schedule[index_];
-      index_ = kDrawsAll ? draw() : gridDim.x + (call_.counter ? draw() : index_);
       const Sequence s = sequence_of(p_, tile.batch);
       if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
@@ -59,6 +61,7 @@ class Loader {
               static_cast<int>(s.q_start),
               static_cast<int>(s.k_start),
               {s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right}};
+      break;
     }
     // Every lane for the rows of one warpgroup, the last for all of them.
     const int part = min(lane_index(), Config::kWarpgroups);
@@ -71,7 +74,28 @@ class Loader {
     __syncwarp();
   }
 
+  __device__ unsigned next_index() {
+    if constexpr (kDrawsAll) return draw_for_both();
+    return gridDim.x + (call_.counter ? draw() : index_);
+  }
   __device__ unsigned draw() const { return static_cast<unsigned>(uniform(first_ ? atomicAdd(call_.counter, 1) : 0)); }
+  // Two thread blocks go through the same tiles: the first of them draws.
+  __device__ unsigned draw_for_both() {
+    const int stage = tickets_.stage();
+    unsigned ticket;
+    if (cluster_rank() == 0) {
+      ticket = draw();
+      tickets_.wait_empty();
+      if (first_) store_async(in_block(memory_.ticket(stage), 1), {ticket, 0, 0, 0}, in_block(tickets_.full(), 1));
+    } else {
+      if (first_) arrive_expecting(tickets_.full(), 16);
+      tickets_.wait_full();
+      ticket = static_cast<unsigned>(uniform(static_cast<int>(sm80::load_shared(memory_.ticket(stage)))));
+      arrive_in_block_if(in_block(tickets_.empty(), 0), first_);
+    }
+    tickets_.advance();
+    return ticket;
+  }
 
   // In the order in which things are used: blocks from the last to the first, and if V is late, behind the K of the
   // block after it. The first K has been loaded with the tile before.
@@ -80,11 +104,14 @@ class Loader {
     const Keys keys = keys_of(work);
     if constexpr (Config::kHasDout) load_rows(dout_, memory_.dout(dout_.stage(), 0), call_.dout, work, !blocks.empty());
     if (!Config::kLatePv && !blocks.empty()) load_v(keys, blocks.end - 1);
-    plan(number + 1);
+    const int planned =
+        Config::kPlansLate && call_.counter ? min(blocks.end - 1, blocks.begin + kPlannedBlocks) : blocks.end - 1;
 #pragma unroll 1
-    for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-      load_k(keys, block);
-      load_v(keys, Config::kLatePv ? block + 1 : block);
+    for (int block = blocks.end - 1;; --block) {
+      if (block == planned) plan(number + 1);
+      if (block <= blocks.begin) break;
+      load_k(keys, block - 1);
+      load_v(keys, Config::kLatePv ? block : block - 1);
     }
     // The last V waits for its place; Q, if it has several, need not. One alone becomes free later, after a place for
     // K.
@@ -169,7 +196,8 @@ class Loader {
   RingQ q_, dout_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
-  unsigned index_ = 0;  // of the next tile that is taken
+  typename Memory::RingP tickets_;
+  unsigned index_ = 0;  // of the last tile that was taken
   const bool first_;    // the lane that talks to the accelerator
   uint32_t tail_parity_ = 0;
 };

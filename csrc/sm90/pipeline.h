@@ -9,9 +9,10 @@ namespace fae::sm90 {
 
 // One thread's place in a ring of kStages buffers, each of which has a barrier that says when it is full and one that
 // says when it is empty. Everybody goes through all buffers in order.
-template <int kStages>
+template <int kStages_>
 class Ring {
  public:
+  static constexpr int kStages = kStages_;
   static constexpr int kBytes = 2 * kStages * 8;  // of barriers
 
   // At buffer `number` of all that go through.

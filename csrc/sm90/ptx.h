@@ -41,6 +41,16 @@ __device__ __forceinline__ void arrive_if(uint32_t barrier, bool condition) {
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void arrive_expecting_if(uint32_t barrier, int bytes, bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+      "}" ::"r"(barrier),
+      "r"(bytes), "r"(static_cast<int>(condition))
+      : "memory");
+}
 // Waits for the end of a phase of that parity.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended = 0;
@@ -55,6 +65,44 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
         : "=r"(ended)
         : "r"(barrier), "r"(parity)
         : "memory");
+}
+
+// ---- Clusters: thread blocks that run side by side and reach each other's shared memory
+// ------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// All threads of the cluster that have not returned wait for each other.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at `address` in the shared memory of another thread block, for the two functions below.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// Relaxed: a release in a cluster is a fence of the whole GPU, for which warps wait longest of all. What this thread
+// has read and used has been read.
+__device__ __forceinline__ void arrive_in_block_if(uint32_t barrier, bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<int>(condition))
+      : "memory");
+}
+// 16 bytes, which the barrier, of the same thread block, counts when they have arrived.
+__device__ __forceinline__ void store_async(uint32_t address, const uint32_t (&x)[4], uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(barrier)
+      : "memory");
 }
 
 // ---- Boxes of a tensor [batch, head, row, col], moved by the tensor memory accelerator ------------------------------
