@@ -232,6 +232,21 @@ def test_heads_in_passes(device: str) -> None:
     check(Case(batch=1, heads=6, heads_kv=1, seqlen_q=4096, seqlen_k=160, head_dim=512, dtype=dtype), device)
 
 
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_small_probabilities(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Beside a sink that takes nearly all, the others are small numbers, and as precise as ever."""
+    if dtype != torch.bfloat16:
+        pytest.skip("float16 has no such numbers, and others show the rounding of lse")
+    case = Case(batch=1, heads=2, seqlen_q=70, seqlen_k=70, head_dim=head_dim, sinks=True, dtype=dtype)
+    errors = []
+    for sink in (0.0, 18.0):
+        inputs = case.make(device)
+        inputs["sinks"] = torch.full_like(inputs["sinks"], sink)
+        ours, oracle = case.run_ours(inputs), case.run_oracle(inputs)
+        errors.append({x: ((ours[x] - oracle[x]).norm() / oracle[x].norm()).item() for x in ("out", "dq", "dk", "dv")})
+    assert all(error < 1.5 * errors[0][name] for name, error in errors[1].items()), errors
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_not_finite_inputs(
