@@ -243,7 +243,9 @@ def attend(function: str, q: Tensor, k: Tensor, v: Tensor, unmet: Sequence[str] 
     if torch.compiler.is_dynamo_compiling():
         numbers = (options.get(name) for name in ("softmax_scale", "softcap", "dropout_p"))
         if any(isinstance(x, Tensor) for x in numbers):
-            return _attend_outside_graphs(function, q, k, v, unmet, **options)
+            from . import tracing
+
+            return tracing.with_numbers(_attend, function, q, k, v, unmet, **options)
     return _attend(function, q, k, v, unmet, **options)
 
 
@@ -314,11 +316,6 @@ def _attend(
     if unmet:
         refuse(function, unmet)
     return result
-
-
-_attend_outside_graphs = torch.compiler.disable(
-    _attend, reason="a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it"
-)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -136,8 +136,8 @@ class _Function(Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 class Attention(_Function):

@@ -56,7 +56,9 @@ def stats(name: str) -> Stats:
 def count(name: str, reason: str | None = None) -> None:
     """One call: it ran here, or went back for a reason. While torch.compile traces, nothing of this is in the graph."""
     if torch.compiler.is_compiling():
-        _count_traced(name, reason)
+        from . import tracing
+
+        tracing.count(name, reason)
     else:
         add(name, "attended", reason)
 
@@ -70,12 +72,3 @@ def add(name: str, what: str, reason: str | None = None) -> None:
             _counts[name][what] += 1
         else:
             _returned[name][reason] += 1
-
-
-def _add_traced(name: str, reason: str | None) -> int:
-    add(name, "traced", None if reason is None else f"{reason} (in a compiled graph)")
-    return 0
-
-
-# Runs when torch.compile traces, not in the graph, where the result is a constant.
-_count_traced = torch.compiler.assume_constant_result(_add_traced)

@@ -72,14 +72,14 @@ def _raise(function: str, constraints: Sequence[str]) -> NoReturn:
     raise InputError(function, constraints)
 
 
-_raise_outside_graphs: Callable[[str, Sequence[str]], NoReturn] = torch.compiler.disable(_raise)
-
-
 def refuse(function: str, constraints: Sequence[str]) -> NoReturn:
     """Raises an InputError outside of graphs: torch 2.11 loses the message of one that it has traced."""
     if torch.compiler.is_dynamo_compiling():
+        from . import tracing
+
         torch._dynamo.graph_break(msg="; ".join(constraints))
-    _raise_outside_graphs(function, constraints)
+        tracing.with_message(_raise, function, constraints)
+    _raise(function, constraints)
 
 
 def raise_input_error(

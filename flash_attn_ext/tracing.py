@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.autograd import Function, forward_ad
 
+from . import counts
+
 
 def run(function: type[Function], *args: Any) -> Any:
     """autograd.run, traced: the op, which carries the same formula as `function`.
@@ -21,13 +23,19 @@ def run(function: type[Function], *args: Any) -> Any:
     return in_python(function.apply, *args) if differentiates else function.forward(*args)
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+def _outside_graphs(reason: str) -> Callable[..., Any]:
+    """What calls the function that it is given, with its arguments, as Python does."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    outside: Callable[..., Any] = torch.compiler.disable(call, reason=reason)
+    return outside
 
 
-in_python: Callable[..., Any] = torch.compiler.disable(
-    _call, reason="torch.func.grad, jvp or dual numbers with flash_attn_ext inside torch.compile"
-)
+in_python = _outside_graphs("torch.func.grad, jvp or dual numbers with flash_attn_ext inside torch.compile")
+with_message = _outside_graphs("an error of flash_attn_ext")
+with_numbers = _outside_graphs("a tensor as softmax_scale, softcap or dropout_p; pass a number, or multiply q by it")
 
 
 def _any_transform_differentiates() -> bool:
@@ -36,3 +44,12 @@ def _any_transform_differentiates() -> bool:
 
 
 _transforms_differentiate: Callable[[], bool] = torch.compiler.assume_constant_result(_any_transform_differentiates)
+
+
+def _count(name: str, reason: str | None) -> int:
+    counts.add(name, "traced", None if reason is None else f"{reason} (in a compiled graph)")
+    return 0
+
+
+# Runs when torch.compile traces, not in the graph, where the result is a constant.
+count: Callable[[str, str | None], int] = torch.compiler.assume_constant_result(_count)

@@ -91,6 +91,12 @@ print(*integrations.status().active)
 """
 
 
+def test_import_leaves_the_compiler_out() -> None:
+    """torch._dynamo takes as long to import as torch, and few programs need it."""
+    code = "import sys, flash_attn_ext; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_nothing_happens_on_import() -> None:
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
