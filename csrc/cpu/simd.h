@@ -18,7 +18,7 @@
 
 namespace fae::cpu::FAE_LEVEL {
 
-#if defined(__AVX512F__) || defined(FAE_WIDE_VECTORS)  // amx.h asks for vectors as wide as a tile at any level
+#if defined(__AVX512F__) || defined(FAE_WIDE_VECTORS)  // vectors as wide as the rows of tiles.h
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;

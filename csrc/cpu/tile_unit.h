@@ -1,20 +1,11 @@
 #pragma once
 
-// Vectors of 16 floats, one row of a tile, at every level: amx.h comes before anything that includes simd.h.
-#define FAE_WIDE_VECTORS
+#include "tiles.h"
 
-#include "simd.h"
-
-// The tile unit: eight tiles of 16 rows of 64 bytes, and one product, C (16 x 16 floats) += A (16 x 32 bfloat16) B
-// (32 x 16 bfloat16), whose B holds pairs of rows interleaved ("VNNI"): row k of the tile is B[2k][n], B[2k + 1][n] for
-// n = 0 .. 15. Level amx issues the instructions; any other level runs the same kernels on a model in plain C++.
+// Products of tiles on the tile unit of AMX: eight tiles of 16 rows of 64 bytes, and one product of them. Level amx
+// issues the instructions; level amx_emulated runs the same kernels on a model in plain C++.
 
 namespace fae::cpu::FAE_LEVEL {
-
-constexpr int64_t kTileSize = 16;       // rows of a tile, and floats in a row
-constexpr int64_t kTileDepth = 32;      // bfloat16 in a row
-constexpr int64_t kTileElements = 512;  // bfloat16 in a tile
-static_assert(Vec<float>::width == kTileSize);
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
@@ -94,39 +85,20 @@ void tile_multiply() {
 
 #endif
 
-// Every product of the kernels is a block of 2 x 2 tiles of C, which needs half the loads of single tiles: tiles 0 to 3
-// hold C, 4 and 5 A, 6 and 7 B.
-
-FAE_INLINE void block_zero() {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-}
-
-// c[32][32] of a row-major matrix whose rows are ld floats apart.
-FAE_INLINE void block_load(const float* c, int64_t ld) {
-  tile_load<0>(c, ld * 4);
-  tile_load<1>(c + kTileSize, ld * 4);
-  tile_load<2>(c + kTileSize * ld, ld * 4);
-  tile_load<3>(c + kTileSize * ld + kTileSize, ld * 4);
-}
-FAE_INLINE void block_store(float* c, int64_t ld) {
-  tile_store<0>(c, ld * 4);
-  tile_store<1>(c + kTileSize, ld * 4);
-  tile_store<2>(c + kTileSize * ld, ld * 4);
-  tile_store<3>(c + kTileSize * ld + kTileSize, ld * 4);
-}
-
-// Packed tiles of one operand of a block: its first pair is (data, data + pair), and the next ones along the depth are
-// `step` elements further each.
-struct TilePairs {
-  const bfloat16* data;
-  int64_t pair, step;
-};
-
-// C += A B over `depth` tiles.
-FAE_INLINE void block_multiply(TilePairs a, TilePairs b, int64_t depth) {
+// C is a block of 2 x 2 tiles, which needs half the loads of single tiles: tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
+template <bool Accumulate>
+FAE_INLINE void block_product(TilePairs a, TilePairs b, int64_t depth, float* c, int64_t ld) {
+  if constexpr (Accumulate) {
+    tile_load<0>(c, ld * 4);
+    tile_load<1>(c + kTileSize, ld * 4);
+    tile_load<2>(c + kTileSize * ld, ld * 4);
+    tile_load<3>(c + kTileSize * ld + kTileSize, ld * 4);
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
   for (int64_t k = 0; k < depth; ++k, a.data += a.step, b.data += b.step) {
     tile_load<4>(a.data, 64);
     tile_load<6>(b.data, 64);
@@ -137,6 +109,10 @@ FAE_INLINE void block_multiply(TilePairs a, TilePairs b, int64_t depth) {
     tile_multiply<2, 5, 6>();
     tile_multiply<3, 5, 7>();
   }
+  tile_store<0>(c, ld * 4);
+  tile_store<1>(c + kTileSize, ld * 4);
+  tile_store<2>(c + kTileSize * ld, ld * 4);
+  tile_store<3>(c + kTileSize * ld + kTileSize, ld * 4);
 }
 
 }  // namespace fae::cpu::FAE_LEVEL

@@ -1,8 +1,7 @@
 #pragma once
 
 #include "../core/band.h"
-#include "amx.h"
-#include "pack_amx.h"
+#include "pack_tiles.h"
 #include "scores.h"
 
 // The part of the backward pass on tiles that every gradient needs: P and dS of a block of 32 keys by 32 queries,
@@ -77,9 +76,7 @@ class RecomputeTiles {
   // c = A B^T for 32 rows of A and 32 rows of B, both `depth` tiles long.
   static void product(const bfloat16* a, const bfloat16* b, int64_t depth, float* c) {
     const int64_t row_of_tiles = depth * kTileElements;
-    block_zero();
-    block_multiply({a, row_of_tiles, kTileElements}, {b, row_of_tiles, kTileElements}, depth);
-    block_store(c, kBlock);
+    block_product<false>({a, row_of_tiles, kTileElements}, {b, row_of_tiles, kTileElements}, depth, c, kBlock);
   }
 
   // dst = src^T; rows of the two are ld_src and ld_dst apart.

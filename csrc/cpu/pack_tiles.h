@@ -1,7 +1,7 @@
 #pragma once
 
-#include "amx.h"
 #include "pack.h"
+#include "tiles.h"
 
 // Rows of bfloat16 rearranged into tiles: 1 KB each, one after another. A matrix X can enter a product on either side
 // and transposed or not, which makes four packings. Rows and columns beyond X's extent are zeros: every tile is whole,

@@ -1,7 +1,6 @@
 #include "../core/schedule.h"
-#include "amx.h"
 #include "kernels.h"
-#include "pack_amx.h"
+#include "pack_tiles.h"
 #include "scores.h"
 #include "split.h"
 
@@ -142,23 +141,18 @@ class ForwardTask {
   void scores(const Unit& unit, int64_t col, int64_t cols, float* s) const {
     const int64_t row_of_tiles = depth_ * kTileElements;
     const bfloat16* k = scratch_.k + col / kTileSize * row_of_tiles;
-    for (int64_t j = 0; j < cols; j += kTileDepth, k += 2 * row_of_tiles) {
-      block_zero();
-      block_multiply({unit.q, row_of_tiles, kTileElements}, {k, row_of_tiles, kTileElements}, depth_);
-      block_store(s + j, kBlockKeys);
-    }
+    for (int64_t j = 0; j < cols; j += kTileDepth, k += 2 * row_of_tiles)
+      block_product<false>({unit.q, row_of_tiles, kTileElements}, {k, row_of_tiles, kTileElements}, depth_, s + j,
+                           kBlockKeys);
   }
 
   // O += P V over the keys [first, last) of the block.
   void add_values(const Unit& unit, int64_t first, int64_t last) const {
     const bfloat16* prob = scratch_.prob + first * kTileSize;
     const bfloat16* v = scratch_.v + first * ld_o_;
-    for (int64_t d = 0; d < ld_o_; d += 2 * kTileSize, v += 2 * kTileElements) {
-      block_load(unit.o + d, ld_o_);
-      block_multiply({prob, kProbPair, kTileElements}, {v, kTileElements, kTileDepth * ld_o_},
-                     (last - first) / kTileDepth);
-      block_store(unit.o + d, ld_o_);
-    }
+    for (int64_t d = 0; d < ld_o_; d += 2 * kTileSize, v += 2 * kTileElements)
+      block_product<true>({prob, kProbPair, kTileElements}, {v, kTileElements, kTileDepth * ld_o_},
+                          (last - first) / kTileDepth, unit.o + d, ld_o_);
   }
 
   // P = exp(S - m) with the maximum of earlier keys, which saves the search and the rescaling (9-16 %): exact as long

@@ -1,16 +1,14 @@
-#include "amx.h"
 #include "bias_gradient.h"
 #include "kernels.h"
-#include "pack_amx.h"
-#include "recompute_amx.h"
+#include "recompute_tiles.h"
 #include "split.h"
 #include "statistics.h"
 
 // Backward attention in bfloat16 on matrix tiles (FlashAttention-2, arXiv 2307.08691, algorithm 2), every option:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
 // A task (split.h) walks blocks of keys and, inside, blocks of queries, in steps of 32 keys by 32 queries. Every
-// product has its operands in tiles: P and dS leave the recomputation (recompute_amx.h) as tiles, the others are packed
-// once per block. dK and dV are loaded and stored once per block of queries, dQ (transposed) once per block of keys.
+// product has its operands in tiles: P and dS leave the recomputation (recompute_tiles.h) as tiles, the others are
+// packed once per block. dK and dV are updated once per block of queries, dQ (transposed) once per block of keys.
 
 namespace fae::cpu::FAE_LEVEL {
 namespace {
@@ -232,11 +230,9 @@ class BackwardTask {
 
   // c[32 keys][dim] += A B with 32 keys by `rows` queries of A in left tiles and `rows` by dim of B in right tiles.
   static void add_product(const bfloat16* a, const bfloat16* b, int64_t rows, int64_t dim, float* c) {
-    for (int64_t d = 0; d < dim; d += 2 * kTileSize, b += 2 * kTileElements) {
-      block_load(c + d, dim);
-      block_multiply({a, kTileElements, 2 * kTileElements}, {b, kTileElements, kBlock * dim}, rows / kBlock);
-      block_store(c + d, dim);
-    }
+    for (int64_t d = 0; d < dim; d += 2 * kTileSize, b += 2 * kTileElements)
+      block_product<true>({a, kTileElements, 2 * kTileElements}, {b, kTileElements, kBlock * dim}, rows / kBlock, c + d,
+                          dim);
   }
 
   // dQ^T += K^T dS^T for the 32 query rows at `row` of the block [row_begin, row_end) and the packed keys that they
@@ -247,12 +243,9 @@ class BackwardTask {
     const int64_t last = round_up((seen.end < key_end ? seen.end : key_end) - key_begin, kBlock);
     if (seen.empty() || first >= last) return;
     const bfloat16 *k = scratch_.k_transposed + first * dim_, *ds = ds_right(first, row - row_begin);
-    for (int64_t d = 0; d < dim_; d += 2 * kTileSize, k += 2 * kTileElements, dq += 2 * kTileSize * kBlock) {
-      block_load(dq, kBlock);
-      block_multiply({k, kTileElements, kBlock * dim_}, {ds, kTileElements, kBlock * rows_at_once(p_)},
-                     (last - first) / kBlock);
-      block_store(dq, kBlock);
-    }
+    for (int64_t d = 0; d < dim_; d += 2 * kTileSize, k += 2 * kTileElements, dq += 2 * kTileSize * kBlock)
+      block_product<true>({k, kTileElements, kBlock * dim_}, {ds, kTileElements, kBlock * rows_at_once(p_)},
+                          (last - first) / kBlock, dq, kBlock);
   }
 
   // Right tiles of dS for 32 keys from packed key `key` on and 32 rows from packed row `row` on.
