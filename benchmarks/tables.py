@@ -61,7 +61,7 @@ def load(results: Path, suite: str) -> Iterator[tuple[Record, list[Record], Path
 def machine_name(environment: Record) -> str:
     if "gpu" in environment:
         return str(environment["gpu"])
-    levels = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2"}
+    levels = {"amx": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512": "AVX-512", "avx2": "AVX2"}
     level = str(environment["cpu_level"])
     model = re.sub(r"\((R|TM)\)", "", str(environment["cpu"]))
     return f"{model}, {levels.get(level, level)}"

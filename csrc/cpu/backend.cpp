@@ -17,6 +17,7 @@ const MatrixKernels* matrix_kernels(const Problem& p) {
   if (p.dtype != DType::bfloat16) return nullptr;
   if (level() == Level::amx_emulated) return &amx_emulated::matrix_kernels;
 #if defined(__x86_64__)
+  if (level() == Level::avx512_bf16) return &avx512_bf16::matrix_kernels;
   if (level() == Level::amx) return &amx::matrix_kernels;
 #endif
   return nullptr;
@@ -58,7 +59,7 @@ void backward(const BackwardProblem& p, const Execution& e) {
 const Kernels& kernels() {
 #if defined(__x86_64__)
   if (level() == Level::avx2) return avx2::kernels;
-  if (level() == Level::avx512 || level() == Level::amx) return avx512::kernels;
+  if (level() == Level::avx512 || level() == Level::avx512_bf16 || level() == Level::amx) return avx512::kernels;
 #endif
   return portable::kernels;
 }

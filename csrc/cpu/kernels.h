@@ -17,7 +17,7 @@ struct Kernels {
   RowwiseKernels rowwise;
 };
 
-// Attention in bfloat16 on a matrix unit (AMX), forward and backward.
+// Attention in bfloat16 on packed tiles (tiles.h), forward and backward.
 struct MatrixKernels {
   size_t (*forward_workspace)(const Problem&, int threads);
   void (*forward)(const Problem&, const Execution&);
@@ -59,6 +59,7 @@ FAE_DECLARE_MATRIX_KERNELS(amx_emulated)
 #if defined(__x86_64__)
 FAE_DECLARE_KERNELS(avx2)
 FAE_DECLARE_KERNELS(avx512)
+FAE_DECLARE_MATRIX_KERNELS(avx512_bf16)
 FAE_DECLARE_MATRIX_KERNELS(amx)
 #endif
 

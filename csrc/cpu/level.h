@@ -9,12 +9,13 @@
 
 namespace fae::cpu {
 
-enum class Level { portable, avx2, avx512, amx, amx_emulated };
+enum class Level { portable, avx2, avx512, avx512_bf16, amx, amx_emulated };
 
 FAE_API const char* name_of(Level);
 
-// Levels in this build, and those of them that this machine can run, weakest first. amx_emulated is the AMX kernels on
-// a software model of the tile unit: slow, for tests on machines without AMX, never chosen by itself.
+// Levels in this build, and those of them that this machine can run, weakest first. avx512_bf16 and amx are kernels for
+// bfloat16; all else runs those of avx512. amx_emulated is the AMX kernels on a software model of the tile unit: slow,
+// for tests on machines without AMX, never chosen by itself.
 FAE_API std::vector<Level> compiled_levels();
 FAE_API std::vector<Level> available_levels();
 

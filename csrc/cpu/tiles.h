@@ -4,7 +4,7 @@
 
 // Operands in bfloat16 are packed into tiles of 16 rows of 64 bytes. A tile of a left operand A is 16 x 32 elements,
 // one of a right operand B is 32 x 16 with pairs of rows interleaved ("VNNI"): row k is B[2k][n] and B[2k + 1][n] for
-// n = 0 .. 15.
+// n = 0 .. 15. AMX's product of tiles and AVX-512's dot product of pairs both read them like that.
 
 namespace fae::cpu::FAE_LEVEL {
 
@@ -25,4 +25,8 @@ struct TilePairs {
 
 }  // namespace fae::cpu::FAE_LEVEL
 
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#include "dot_product.h"
+#else
 #include "tile_unit.h"
+#endif
