@@ -20,9 +20,9 @@ import flash_attn_ext
 from flash_attn_ext import _C
 
 CPU_LEVELS: tuple[str, ...] = tuple(_C.build_info()["cpu_levels_available"])
-ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
-# The matrix unit multiplies bfloat16 only; everything else at these levels runs the kernels of the level below.
-MATRIX_LEVELS = ("amx", "amx_emulated")
+ALL_CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+# Their instructions multiply bfloat16 only; everything else at these levels runs the kernels of a level below.
+MATRIX_LEVELS = ("avx512_bf16", "amx", "amx_emulated")
 
 EMULATOR = Path(flash_attn_ext.__file__).parent / "libflash_attn_ext_emulator.so"
 # By name, the backends that are then enabled: what the first does not take, the next one does.

@@ -73,7 +73,7 @@ def test_code_shared_by_instruction_sets_is_portable() -> None:
     """An inline function that several levels emit is kept once: the copy kept must run on every machine."""
     (build,) = build_folders()
     objects = {path: weak_functions(path) for path in build.glob("csrc/**/*.o") if "cuda" not in str(path)}
-    levels = [path for path in objects if re.search(r"fae_cpu_(avx2|avx512|amx)\.dir", str(path))]
+    levels = [path for path in objects if re.search(r"fae_cpu_(avx2|avx512|avx512_bf16|amx)\.dir", str(path))]
     if not levels:
         pytest.skip("no instruction-set levels on this machine")
     portable = set().union(*(names for path, names in objects.items() if path not in levels))

@@ -85,7 +85,7 @@ def problems(draw: DrawFn) -> Case:
 
 
 # Out of all levels, so that every machine draws the same problems; those that a machine lacks fall on one that it has.
-LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 AVAILABLE = _C.build_info()["cpu_levels_available"]
 
 
