@@ -47,13 +47,12 @@ def fine_tuning(name: str, implementation: str, collator: Any, folder: Path, **o
             output_dir=str(folder),
             per_device_train_batch_size=4,
             max_steps=25,
-            learning_rate=1e-2,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
             use_cpu=True,
             disable_tqdm=True,
-            **options,
+            **{"learning_rate": 1e-2, **options},
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=examples(), data_collator=collator)
         trainer.train()
@@ -75,8 +74,10 @@ def test_trainer(name: str, collator: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_trainer_with_checkpointing_and_bfloat16(name: str, collator: Any, tmp_path: Path) -> None:
     """The losses stay as near to those in float32 as eager attention's in bfloat16 do: the error rule of all tests."""
-    options = {"bf16": True, "gradient_checkpointing": True}
-    exact = torch.tensor(fine_tuning(name, "eager", collator, tmp_path))
+    # At three times this rate, rounding grows from step to step until luck is most of the distance.
+    rate = {"learning_rate": 3e-3}
+    options = {"bf16": True, "gradient_checkpointing": True, **rate}
+    exact = torch.tensor(fine_tuning(name, "eager", collator, tmp_path, **rate))
     calls = fa_ext.stats().attended
     eager, ours = (
         torch.tensor(fine_tuning(name, implementation, collator, tmp_path, **options))
