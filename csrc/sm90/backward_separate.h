@@ -395,7 +395,8 @@ GradientCall gradient_call(const Problem& p, int* counter) {
 template <class T, class Config>
 void launch_gradients(const char* name, const GradientCalls<Config>& calls, const Execution& execution) {
   constexpr int kCluster = GradientCalls<Config>::kCluster;
-  const int64_t clusters = std::min<int64_t>(calls.of[0].schedule.size(), cuda::multiprocessors() / kCluster);
+  const int at_once = std::max(1, cuda::multiprocessors() / kCluster);  // too few: the launch fails and says so
+  const int64_t clusters = std::min<int64_t>(calls.of[0].schedule.size(), at_once);
   const cuda::Grid grid{.blocks = clusters * kCluster,
                         .threads = Config::kThreads,
                         .shared_bytes = ForwardMemory<T, Config>::kBytes,

@@ -67,8 +67,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// ---- Clusters: thread blocks that run side by side and reach each other's shared memory
-// ------------------------------
+// ---- Clusters: thread blocks that run side by side and reach each other's shared memory ----------------------------
 
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
