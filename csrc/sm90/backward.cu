@@ -36,6 +36,7 @@ template <class T, class Config, Terms kTerms>
 class BackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
+  using QueryBuffers = typename Memory::QueryBuffers;
   using Scores = cuda::TransposedAccumulator<Config::kRows / 8, 1>;  // transpose: 64 keys by kRows
   using Fragments = uint32_t[Config::kRows / 16][4];
   static constexpr int ND = Config::kDim / 8, NQ = Config::kQueryRows / 8;
@@ -66,7 +67,7 @@ class BackwardComputer {
  private:
   // All query blocks of a key block.
   __device__ __forceinline__ void walk(int steps) {
-    wait(memory_.q_full(stage()), parity());
+    wait_for_q(step_);
     start_scores();
     wait(memory_.v_full(), v_block_++ % 2);
     wait(memory_.dout_full(stage()), parity());
@@ -95,61 +96,73 @@ class BackwardComputer {
     begin_products();
     multiply_transposed(dv_, p, memory_.dout(stage()));
     begin_products();
-    multiply_transposed(dk_, ds, memory_.q(stage()));
+    multiply_transposed(dk_, ds, memory_.q(q_stage()));
     commit_products();
+    // Loads and barriers wait behind what is added to dQ: all that the next scores need is looked at before.
+    if constexpr (!kLast) wait_for_q(step_ + 1);
     if constexpr (!kFirst) {
+      wait_for_turn(memory_, step_ - 1);
       wait_products<1>();
       finish_dq(step_ - 1);
     }
     if constexpr (kLast) {
       wait_products<0>();
-      fence_registers(dv_.x[0]);
-      fence_registers(dk_.x[0]);
-      release(memory_.rows_empty(stage()));
+      finish_gradients(step_);
       start_dq(step_);
+      wait_for_turn(memory_, step_);
       wait_products<0>();
       finish_dq(step_);
       ++step_;
     } else {
-      const uint32_t rows_empty = memory_.rows_empty(stage());
       ++step_;
-      wait(memory_.q_full(stage()), parity());
       start_scores();
+      // The registers of dQ are in use until it has been added: this keeps the compiler from waiting for that earlier.
+      if constexpr (!kFirst && !Config::kSharesDim) fence_registers(dq_.x[0]);
       wait_products<1>();
-      fence_registers(dv_.x[0]);
-      fence_registers(dk_.x[0]);
-      release(rows_empty);
+      finish_gradients(step_ - 1);
       wait(memory_.dout_full(stage()), parity());
       start_dprob();
       finish_scores();
     }
   }
 
+  // dV and dK, as far as step `number` adds to them.
+  __device__ __forceinline__ void finish_gradients(unsigned number) {
+    fence_registers(dv_.x[0]);
+    fence_registers(dk_.x[0]);
+    release(memory_.dout_empty(Buffers::stage(number)));
+    release(memory_.q_empty(QueryBuffers::stage(number)));
+  }
+
+  __device__ __forceinline__ void wait_for_q(unsigned number) const {
+    wait(memory_.q_full(QueryBuffers::stage(number)), QueryBuffers::parity(number));
+  }
+
   // S^T = K Q^T - lse / scale and dP^T = V dO^T - delta, or S^T and dP^T alone.
   __device__ __forceinline__ void start_scores() {
     const Memory memory = memory_.unknown();
     begin_products();
-    start_folded<kFoldsLse>(scores_.transpose, memory.lse_selector(), memory.k(warpgroup_), memory.q(stage()),
-                            memory_.statistics(stage()));
+    start_folded<kFoldsLse>(scores_.transpose, memory.lse_selector(), memory.k(warpgroup_), memory.q(q_stage()),
+                            memory_.statistics(q_stage()));
   }
   __device__ __forceinline__ void start_dprob() {
     const Memory memory = memory_.unknown();
     begin_products();
     start_folded<kFoldsDelta>(dprob_.transpose, memory.delta_selector(), memory.v(warpgroup_), memory.dout(stage()),
-                              memory_.statistics(stage()));
+                              memory_.statistics(q_stage()));
   }
 
   // P while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
     if constexpr (kTerms == Terms::any) return finish_general_scores();
     if constexpr (kHasPairs) load_pairs();
+    const bool is_edge = read_struct<Step>(memory_.step(step_)).is_edge(warpgroup_);
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
-    const Step step = read_struct<Step>(memory_.step(step_));
-    const bool is_edge = step.is_edge(warpgroup_);
     if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
     if constexpr (kHasPairs) apply_pairs();
     if (is_edge || kTerms == Terms::alibi || kTerms == Terms::dropout) {
+      const Step step = read_struct<Step>(memory_.step(step_));
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
       if (is_edge) cuda::mask_band(scores_, keys.band, row, key);
@@ -199,7 +212,7 @@ class BackwardComputer {
       Part prob;
       prob.lane = opaque(lane_index());
       Part::for_each_row([&](int m, int half) {
-        const float lse = folded_statistic(memory_.statistics(stage()), 16 * k + prob.row(m, half), 0) * scale_log2_;
+        const float lse = folded_statistic(memory_.statistics(q_stage()), 16 * k + prob.row(m, half), 0) * scale_log2_;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = scores.at(2 * k + m, half, 0, e);
@@ -225,7 +238,7 @@ class BackwardComputer {
   __device__ __forceinline__ void finish_dropout() {
     scores_.for_each_row([&](int m, int half) {
       const float minus_delta =
-          folded_statistic(memory_.statistics(stage()), 8 * m + opaque(lane_index()) % 4 * 2 + half, 1);
+          folded_statistic(memory_.statistics(q_stage()), 8 * m + opaque(lane_index()) % 4 * 2 + half, 1);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float &p = scores_.at(m, half, 0, e), &ds = dprob_.at(m, half, 0, e);
@@ -244,12 +257,12 @@ class BackwardComputer {
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
     const GeneralScores<T> general(call_, keys, step.head, step.is_edge(warpgroup_), step.row_begin,
                                    keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_,
-                                   memory_.statistics(stage()));
+                                   memory_.statistics(q_stage()));
     const auto finish = [&](int k) {
       const auto on_gradient = [&](const auto& ds) {
         if (call_.direct_dbias) write_dbias(call_, memory_, step_, 16 * k, warpgroup_ * kWarpgroupRows + warp_row_, ds);
       };
-      copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(stage()), on_gradient),
+      copy(general.finish(dprob_, scores_, k, call_.constants, memory_.statistics(q_stage()), on_gradient),
            ds_fragments_[k]);
     };
 #pragma unroll
@@ -334,11 +347,11 @@ class BackwardComputer {
     commit_products();
   }
 
+  // In its turn.
   __device__ __forceinline__ void finish_dq(unsigned number) {
     fence_registers(dq().x[0]);
     release(memory_.ds_empty(Buffers::stage(number)));
     const Step step = read_struct<Step>(memory_.step(number));
-    wait_for_turn(memory_, number);
     visit_dq<Config>(call_, dq(), step, warpgroup_ * NQ, [&](const QueryGradient& sum) { write_dq(sum, step); });
     release(memory_.added(number));
   }
@@ -397,6 +410,7 @@ class BackwardComputer {
   __device__ __forceinline__ float score_weight() const { return static_cast<float>(p_.softmax_scale) * kept_weight(); }
 
   __device__ __forceinline__ int stage() const { return Buffers::stage(step_); }
+  __device__ __forceinline__ int q_stage() const { return QueryBuffers::stage(step_); }
   __device__ __forceinline__ uint32_t parity() const { return Buffers::parity(step_); }
 
   const BackwardCall& call_;

@@ -63,19 +63,21 @@ struct BackwardMemory {
                                 SharedTile<T, Config::kRows, Config::kKeys>>;
   static constexpr int kExchangedBytes = (Config::kWide ? 2 : 1) * DS::kBytes;
   using Buffers = NumberedBuffers<Config::kStages>;
-  static constexpr int kStepStages = 4;  // a step is looked at once more during the next
+  using QueryBuffers = NumberedBuffers<Config::kStagesQ>;  // of Q and the statistics
+  static constexpr int kStepStages = 4;                    // a step is looked at once more during the next
+  static_assert(kStepStages > Config::kStagesQ);
   using StepBuffers = NumberedBuffers<kStepStages>;
 
   // What products read doubled comes first: compute-sanitizer takes them to read as many bytes as others do, and there
   // have to be as many behind it.
   static constexpr int kKeysBytes = Config::kKeyPieces * K::kBytes, kStatisticsBytes = Config::kRows * 16;
   static constexpr int kSelectors = 0, kStatistics = kSelectorsBytes;
-  static constexpr int kKeyBlock = kStatistics + Config::kStages * kStatisticsBytes;
+  static constexpr int kKeyBlock = kStatistics + Config::kStagesQ * kStatisticsBytes;
   static constexpr int kSteps = kKeyBlock + static_cast<int>(sizeof(KeyBlock));
   static constexpr int kBarriers = kSteps + kStepStages * static_cast<int>(sizeof(Step));
-  static constexpr int kTurns = 6 + 5 * Config::kStages;
+  static constexpr int kDoutBarriers = 6 + 2 * Config::kStagesQ, kTurns = kDoutBarriers + 4 * Config::kStages;
   static constexpr int kK = (kBarriers + 8 * (kTurns + 2 * kStepStages) + 1023) / 1024 * 1024;
-  static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStages * Q::kBytes;
+  static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStagesQ * Q::kBytes;
   static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
   static_assert(kBytes <= 227 * 1024);
   static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
@@ -108,14 +110,15 @@ struct BackwardMemory {
   // Keys, and the tiles of a step, have arrived of which rows must be cleared.
   __device__ uint32_t keys_tail_full() const { return barrier(4); }
   __device__ uint32_t rows_tail_full() const { return barrier(5); }
-  // Of a step: Q and the statistics, and dO, are there; all of them are no longer needed; what the warpgroups exchange
-  // is there; is no longer needed.
+  // Of a step: Q and the statistics are there; are no longer needed. The same of dO, and of what the warpgroups
+  // exchange.
   __device__ uint32_t q_full(int stage) const { return barrier(6 + stage); }
-  __device__ uint32_t dout_full(int stage) const { return barrier(6 + Config::kStages + stage); }
-  __device__ uint32_t rows_empty(int stage) const { return barrier(6 + 2 * Config::kStages + stage); }
-  __device__ uint32_t ds_full(int stage) const { return barrier(6 + 3 * Config::kStages + stage); }
-  __device__ uint32_t ds_empty(int stage) const { return barrier(6 + 4 * Config::kStages + stage); }
-  // The step's visit to dQ may begin; is over. Those who keep the order can be ahead, or behind, by two steps.
+  __device__ uint32_t q_empty(int stage) const { return barrier(6 + Config::kStagesQ + stage); }
+  __device__ uint32_t dout_full(int stage) const { return barrier(kDoutBarriers + stage); }
+  __device__ uint32_t dout_empty(int stage) const { return barrier(kDoutBarriers + Config::kStages + stage); }
+  __device__ uint32_t ds_full(int stage) const { return barrier(kDoutBarriers + 2 * Config::kStages + stage); }
+  __device__ uint32_t ds_empty(int stage) const { return barrier(kDoutBarriers + 3 * Config::kStages + stage); }
+  // The step's visit to dQ may begin; is over. Those who keep the order can be ahead, or behind, by kStagesQ steps.
   __device__ uint32_t turn(unsigned number) const { return barrier(kTurns + StepBuffers::stage(number)); }
   __device__ uint32_t added(unsigned number) const {
     return barrier(kTurns + kStepStages + StepBuffers::stage(number));
@@ -125,10 +128,13 @@ struct BackwardMemory {
     constexpr int kWarps = 4 * Config::kWarpgroups;
     for (const uint32_t one : {k_full(), v_full(), keys_tail_full(), rows_tail_full()}) init_barrier(one, 1);
     for (const uint32_t all : {k_empty(), v_empty()}) init_barrier(all, kWarps);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
+    for (int stage = 0; stage < Config::kStagesQ; ++stage) {
       init_barrier(q_full(stage), 1);
+      init_barrier(q_empty(stage), kWarps + 2);
+    }
+    for (int stage = 0; stage < Config::kStages; ++stage) {
       init_barrier(dout_full(stage), 1);
-      init_barrier(rows_empty(stage), kWarps + 2);
+      init_barrier(dout_empty(stage), kWarps);
       init_barrier(ds_full(stage), kWarps);
       init_barrier(ds_empty(stage), kWarps);
     }

@@ -27,6 +27,7 @@ template <class T, class Config>
 class BackwardLoader {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
+  using QueryBuffers = typename Memory::QueryBuffers;
 
  public:
   __device__ BackwardLoader(const BackwardCall& call, const Memory& memory)
@@ -38,10 +39,10 @@ class BackwardLoader {
     for (unsigned number = take(); number < call_.tasks.size(); number = take())
       load(call_.tasks.tile(number, find_block));
     publish({.batch = -1});
-    wait_rows_empty();
+    wait_q_empty();
     if (first_) {
       write_struct(memory_.step(step_), Step{.slot = -1});
-      arrive(memory_.q_full(Buffers::stage(step_)));
+      arrive(memory_.q_full(QueryBuffers::stage(step_)));
     }
   }
 
@@ -108,8 +109,8 @@ class BackwardLoader {
     return packed.cu_seqlens ? packed.first(batch) + head * blocks_per_head : (batch * heads + head) * blocks_per_head;
   }
 
-  __device__ void wait_rows_empty() const {
-    wait(memory_.rows_empty(Buffers::stage(step_)), Buffers::parity(step_) ^ 1);
+  __device__ void wait_q_empty() const {
+    wait(memory_.q_empty(QueryBuffers::stage(step_)), QueryBuffers::parity(step_) ^ 1);
   }
 
   // Tells those that compute about a key block, with K where any rows see it.
@@ -153,18 +154,22 @@ class BackwardLoader {
 
   // Q, dO and the statistics of a step, and behind the first step's a block's keys.
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
-    const int stage = Buffers::stage(step_), row = keys.q_start + step.row_begin;
+    const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
+    const int row = keys.q_start + step.row_begin;
     const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.band.seqlen_q - step.row_begin;
     const bool tail = valid < Config::kRows && (p_.cu_seqlens_q || p_.seqused_q);
-    const uint32_t q_barrier = tail ? memory_.rows_tail_full() : memory_.q_full(stage);
+    const uint32_t q_barrier = tail ? memory_.rows_tail_full() : memory_.q_full(q_stage);
     const uint32_t dout_barrier = tail ? memory_.rows_tail_full() : memory_.dout_full(stage);
-    wait_rows_empty();
+    wait_q_empty();
     if (first_) {
       write_struct(memory_.step(step_), step);
       constexpr int kBytes = Memory::Q::kBytes + Memory::kStatisticsBytes;
       arrive_expecting(q_barrier, tail ? kBytes + Memory::Q::kBytes : kBytes);
-      load_box(memory_.statistics(stage), call_.statistics, 0, row, step.head, batch, q_barrier);
-      load_tile(memory_.q(stage), call_.q, row, step.head, batch, q_barrier);
+      load_box(memory_.statistics(q_stage), call_.statistics, 0, row, step.head, batch, q_barrier);
+      load_tile(memory_.q(q_stage), call_.q, row, step.head, batch, q_barrier);
+    }
+    wait(memory_.dout_empty(stage), Buffers::parity(step_) ^ 1);
+    if (first_) {
       if (!tail) arrive_expecting(dout_barrier, Memory::Q::kBytes);
       load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
     }
@@ -175,13 +180,13 @@ class BackwardLoader {
     if (tail) {
       wait(memory_.rows_tail_full(), rows_tail_parity_);
       rows_tail_parity_ ^= 1;
-      clear_rows(memory_.q(stage), valid);
+      clear_rows(memory_.q(q_stage), valid);
       clear_rows(memory_.dout(stage), valid);
-      clear_statistics(memory_.statistics(stage), valid, Config::kRows);
+      clear_statistics(memory_.statistics(q_stage), valid, Config::kRows);
       fence_async_proxy();
       __syncwarp();
       if (first_) {
-        arrive(memory_.q_full(stage));
+        arrive(memory_.q_full(q_stage));
         arrive(memory_.dout_full(stage));
       }
     }
@@ -203,13 +208,13 @@ class BackwardLoader {
 // f(step, number) for every step of the thread block. One thread.
 template <class T, class Config, class F>
 __device__ __forceinline__ void for_each_step(const BackwardMemory<T, Config>& memory, F&& f) {
-  using Buffers = typename BackwardMemory<T, Config>::Buffers;
+  using QueryBuffers = typename BackwardMemory<T, Config>::QueryBuffers;
 #pragma unroll 1
   for (unsigned number = 0;; ++number) {
-    wait(memory.q_full(Buffers::stage(number)), Buffers::parity(number));
+    wait(memory.q_full(QueryBuffers::stage(number)), QueryBuffers::parity(number));
     const Step step = read_struct_alone<Step>(memory.step(number));
     if (step.slot < 0) return;
-    arrive(memory.rows_empty(Buffers::stage(number)));
+    arrive(memory.q_empty(QueryBuffers::stage(number)));
     f(step, number);
   }
 }

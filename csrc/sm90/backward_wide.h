@@ -17,6 +17,7 @@ template <class T, class Config>
 class WideBackwardComputer {
   using Memory = BackwardMemory<T, Config>;
   using Buffers = typename Memory::Buffers;
+  static_assert(Config::kStagesQ == Config::kStages);
   using Scores = cuda::TransposedAccumulator<Config::kScoreRows / 8, 1>;  // transpose: 64 keys by kScoreRows
   static constexpr int ND = Config::kDim / 8, NQ = Config::kQueryCols / 8;
 
@@ -62,7 +63,8 @@ class WideBackwardComputer {
     if constexpr (!kLast) wait_for_dout(step_ + 1);
     wait_products<2>();
     fence_registers(gradient_.x[0]);
-    release(memory_.rows_empty(stage()));
+    release(memory_.q_empty(stage()));
+    release(memory_.dout_empty(stage()));
     wait_for_turn(memory_, step_);
     wait_products<1>();
     finish_dq(first, warpgroup_ * NQ, first_col());

@@ -74,7 +74,7 @@ struct GradientConfig<256, true> : GradientTile<256, true, 2, 2> {};
 template <int kRows_, int kKeys_, int kDim_>
 struct BackwardBlock {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kKeyPieces = kKeys / kWarpgroupRows, kDim = kDim_;
-  static constexpr int kStages = 2;  // of query blocks, and of their dS, in shared memory
+  static constexpr int kStages = 2, kStagesQ = 2;  // of dO, and of the dS of query blocks; of Q, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr bool kSeparate = false;
 
@@ -92,6 +92,8 @@ struct BackwardBlock {
 template <int kRows, int kDim>
 struct BackwardTile : BackwardBlock<kRows, 2 * kWarpgroupRows, kDim> {
   static constexpr bool kWide = false;
+  // Of two Qs, the next one comes when dK of the step before has been computed, which is too late.
+  static constexpr int kStagesQ = 3;
   // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
   static constexpr bool kSharesDim = kDim == 2 * 64;
   static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
