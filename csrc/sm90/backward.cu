@@ -101,16 +101,14 @@ class BackwardComputer {
     // Loads and barriers wait behind what is added to dQ: all that the next scores need is looked at before.
     if constexpr (!kLast) wait_for_q(step_ + 1);
     if constexpr (!kFirst) {
-      wait_for_turn(memory_, step_ - 1);
-      wait_products<1>();
+      wait_for_dq<1>(step_ - 1);
       finish_dq(step_ - 1);
     }
     if constexpr (kLast) {
       wait_products<0>();
       finish_gradients(step_);
       start_dq(step_);
-      wait_for_turn(memory_, step_);
-      wait_products<0>();
+      wait_for_dq<0>(step_);
       finish_dq(step_);
       ++step_;
     } else {
@@ -156,16 +154,17 @@ class BackwardComputer {
   __device__ __forceinline__ void finish_scores() {
     if constexpr (kTerms == Terms::any) return finish_general_scores();
     if constexpr (kHasPairs) load_pairs();
-    const bool is_edge = read_struct<Step>(memory_.step(step_)).is_edge(warpgroup_);
+    constexpr bool kNeedsPlace = kTerms == Terms::alibi || kTerms == Terms::dropout;  // of every score
+    const bool is_edge = !kNeedsPlace && read_struct<Step>(memory_.step(step_)).is_edge(warpgroup_);
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
     if constexpr (kHasPairs) apply_pairs();
-    if (is_edge || kTerms == Terms::alibi || kTerms == Terms::dropout) {
+    if (kNeedsPlace || is_edge) {
       const Step step = read_struct<Step>(memory_.step(step_));
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
-      if (is_edge) cuda::mask_band(scores_, keys.band, row, key);
+      if (!kNeedsPlace || step.is_edge(warpgroup_)) cuda::mask_band(scores_, keys.band, row, key);
       if constexpr (kTerms == Terms::alibi)
         cuda::Alibi(scores_, alibi_slope(p_, keys.batch, step.head) * cuda::kLog2e,
                     row + keys.band.seqlen_k - keys.band.seqlen_q - key)
@@ -347,7 +346,15 @@ class BackwardComputer {
     commit_products();
   }
 
-  // In its turn.
+  // Until it is computed, all but kLeft products are done, and it is its turn. Beside ALiBi there is no register for
+  // looking at the turn before.
+  template <int kLeft>
+  __device__ __forceinline__ void wait_for_dq(unsigned number) const {
+    if constexpr (kTerms != Terms::alibi) wait_for_turn(memory_, number);
+    wait_products<kLeft>();
+    if constexpr (kTerms == Terms::alibi) wait_for_turn(memory_, number);
+  }
+
   __device__ __forceinline__ void finish_dq(unsigned number) {
     fence_registers(dq().x[0]);
     release(memory_.ds_empty(Buffers::stage(number)));
