@@ -1,10 +1,10 @@
-#include "../cuda/backward_space.h"
 #include "../cuda/delta.h"
 #include "../cuda/launch.h"
 #include "../cuda/single_term.h"
 #include "../sm80/kernels.h"
 #include "backward_movers.h"
 #include "backward_separate.h"
+#include "backward_space.h"
 #include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
@@ -458,47 +458,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
-
-template <class Config>
-struct BackwardSpace : cuda::BackwardSpace {
-  uint4* statistics;
-  int64_t key_blocks;  // per head
-  float* dkv_partial;  // of every key block that several tasks add to; separate kernels: dK of all, then dV of all
-  void* bias_gradient;
-
-  BackwardSpace(const BackwardProblem& p, void* base)
-      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kSeparate ? 0 : Config::kRows * Config::kDim,
-                            key_counters(p)) {
-    statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
-    key_blocks = key_blocks_of(p);
-    dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
-    const size_t bias_bytes = p.dbias.data && !writes_dbias(p) ? bias_gradient_workspace<FAE_HEAD_DIM>(p) : 0;
-    bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
-  }
-
-  // Whether dS is the gradient of the bias: no element belongs to several scores, and nothing comes between the two.
-  static bool writes_dbias(const BackwardProblem& p) {
-    return p.dbias.data && !sm80::broadcasts(p, p.dbias) && p.softcap == 0;
-  }
-  static PackedBlocks packed_key_blocks(const BackwardProblem& p) {
-    return PackedBlocks(p.cu_seqlens_k, p.batch, p.total_k, Config::kKeys);
-  }
-
-  // Of all heads of keys.
-  static int64_t shared_key_blocks(const BackwardProblem& p) {
-    const bool few_rows = !Config::kSeparate && (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q) <= Config::kFewRows;
-    return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
-  }
-
- private:
-  static int64_t key_blocks_of(const BackwardProblem& p) {
-    return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
-  }
-  static int64_t key_counters(const BackwardProblem& p) {
-    return shared_key_blocks(p) * 4 * Config::kWarpgroups * (Config::kSeparate ? 2 : 1) +
-           (Config::kSeparate ? kGradientKernels : 0);
-  }
-};
 
 // What fits into the second-level cache beside everything else.
 constexpr int64_t kCachedBytes = int64_t{32} << 20;
