@@ -133,13 +133,14 @@ def speedup(results: Path) -> str:
     for environment, records, _ in load(results, "attention"):
         rows = []
         for dtype, threads, group in groups(records):
-            row = [dtype, str(threads)]
+            row = [dtype, str(threads), str(len(group))]
             for direction in DIRECTIONS:
                 torch_ratios = ratios(group, [TORCH], direction)
                 best_ratios = ratios(group, PEERS, direction)
                 row += [times(geometric_mean(torch_ratios)), times(min(best_ratios))]
             rows.append(row)
-        header = ["dtype", "threads", "forward, mean", "forward, least", "backward, mean", "backward, least"]
+        header = ["dtype", "threads", "cases"]
+        header += [f"{way}, {what}" for way in DIRECTIONS for what in ("mean", "least")]
         blocks.append(heading(environment) + "\n\n" + table(header, rows))
     return "\n\n".join(blocks)
 
