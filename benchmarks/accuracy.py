@@ -79,17 +79,23 @@ def chunks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def errors(candidate: Candidate, case: Case, prepared: Prepared, expected: list[Tensor]) -> dict[str, float]:
-    """Largest absolute difference from float64, per tensor. Raises WrongResultError where that is no rounding."""
+def errors(candidate: Candidate, case: Case, prepared: Prepared, expected: list[Tensor]) -> dict[str, dict[str, float]]:
+    """Differences from float64, per tensor: the largest absolute one, and the root mean square of all of them over that
+    of the tensor. One of millions of elements decides the first, so that candidates that round alike differ in it by
+    chance. Raises WrongResultError where the largest is no rounding."""
     with candidate.context():
         actual = (prepared.forward(), *prepared.backward())
-    result = {}
+    result: dict[str, dict[str, float]] = {"error": {}, "rms_error": {}}
     for name, a, e in zip(NAMES, actual, expected, strict=False):
         if name == "dbias":
             a = a[: e.shape[0], : e.shape[1]]
         else:
             a = candidate.from_native(a, bool(case.lengths))[: e.shape[0], :, : e.shape[2]]
-        result[name] = significant(float((a.double() - e).abs().max()), 3)
-        if not result[name] <= WRONG * float(e.abs().max()):  # NaN is wrong, too
-            raise WrongResultError(f"wrong result: {name} is off by {result[name]:.2g}")
+        difference = a.double() - e
+        largest = float(difference.abs().max())
+        if not largest <= WRONG * float(e.abs().max()):  # NaN is wrong, too
+            raise WrongResultError(f"wrong result: {name} is off by {largest:.2g}")
+        result["error"][name] = significant(largest, 3)
+        norm = float(e.norm())
+        result["rms_error"][name] = significant(float(difference.norm()) / norm, 4) if norm > 0 else 0.0
     return result

@@ -111,7 +111,7 @@ def measure_time(
             continue
         try:
             prepared = candidate.prepare(case, inputs)
-            results[candidate.name] = {"error": errors(candidate, case, prepared, expected)}
+            results[candidate.name] = errors(candidate, case, prepared, expected)
             calls = {"forward": prepared.forward, "backward": prepared.backward}
             watches[candidate.name] = {
                 direction: Stopwatch(calls[direction], device, candidate.context)

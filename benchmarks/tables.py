@@ -327,6 +327,28 @@ def gpu_error(results: Path) -> str:
     return "\n\n".join(f"{title}\n\n{error_table(records)}" for title, records in found.items())
 
 
+def gpu_rms_error(results: Path) -> str:
+    """Root mean square error on a GPU over the least of any peer in the same case: mean and largest over the cases."""
+    tensors = ("out", "dq", "dk", "dv")
+    blocks = []
+    for suite, environment, records in gpu_files(results):
+        rows = []
+        for dtype in dict.fromkeys(record["case"]["dtype"] for record in records):
+            ratios: dict[str, list[float]] = {name: [] for name in tensors}
+            for record in (record for record in records if record["case"]["dtype"] == dtype):
+                found = {name: entry.get("rms_error") for name, entry in record["candidates"].items()}
+                peers = [error for name, error in found.items() if name != OURS and error]
+                if found.get(OURS) and peers:
+                    for name in tensors:
+                        ratios[name].append(found[OURS][name] / min(error[name] for error in peers))
+            if ratios["out"]:
+                shown = (f"{geometric_mean(ratios[name]):.3f} ({max(ratios[name]):.3f})" for name in tensors)
+                rows.append([suite, dtype, str(len(ratios["out"])), *shown])
+        if rows:
+            blocks.append(f"{heading(environment)}\n\n{table(['suite', 'dtype', 'cases', *tensors], rows)}")
+    return "\n\n".join(blocks) or EMPTY
+
+
 def tried(results: Path) -> str:
     """What was tried on the GPU kernels, by what factor it changed their speed, and what became of it."""
     blocks = []
@@ -389,6 +411,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         option_costs,
         slower,
         gpu_error,
+        gpu_rms_error,
         tried,
         examples,
         plots,

@@ -97,10 +97,12 @@ def largest_error(candidate: Candidate, case: Case) -> float:
     expected = accuracy.expected_results(case, inputs)
     found = accuracy.errors(candidate, case, candidate.prepare(case, inputs), expected)
     if case.dropout:  # everyone draws bits of their own: nothing is compared
-        assert not found
+        assert found == {"error": {}, "rms_error": {}}
         return 0.0
-    assert set(found) == {"out", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
-    return max(found.values())
+    for errors in found.values():
+        assert set(errors) == {"out", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
+    assert max(found["rms_error"].values()) < TOLERANCE
+    return max(found["error"].values())
 
 
 # A wrong window or head mapping changes numbers of size 1; float32 rounding in 70-term sums is below 1e-5.
@@ -298,7 +300,7 @@ def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
     names = "flash_attn_ext,sdpa_cudnn,softmax,fa2,fa2_deterministic"
     files = run_tiny(tmp_path, "--suite", "prefill,memory", "--candidates", names)
     (record,) = files["prefill"]["records"]
-    assert set(record["candidates"]["fa2_deterministic"]) == {"error", "backward"}
+    assert set(record["candidates"]["fa2_deterministic"]) == {"error", "rms_error", "backward"}
     assert "unsupported" in record["candidates"]["sdpa_cudnn"]
     for peer, gflops in {"softmax": 10e3, "fa2": 30e3, "fa2_deterministic": 20e3, "flash_attn_ext": 60e3}.items():
         for direction in suites.DIRECTIONS:
@@ -313,6 +315,7 @@ def test_gpu_tables_and_plots_show_the_best_peer(tmp_path: Path) -> None:
         tmp_path
     )
     assert "SDPA cuDNN" not in tables.gpu_error(tmp_path)
+    assert re.search(r"\| prefill \| float32 \| 1 \|( \d\.\d{3} \(\d\.\d{3}\) \|){4}$", tables.gpu_rms_error(tmp_path))
 
     pytest.importorskip("matplotlib")
     import plot
