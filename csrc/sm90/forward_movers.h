@@ -113,12 +113,15 @@ class Loader {
       load_k(keys, block - 1);
       load_v(keys, Config::kLatePv ? block : block - 1);
     }
-    // The last V waits for its place; Q, if it has several, need not. One alone becomes free later, after a place for
-    // K.
-    if (Config::kStagesQ > 1) publish(number + 1);
+    // In the order in which places become free: the next Q's when O of the tile before has left it (one alone: when the
+    // last scores are there); those of the last V and the next K when blocks of this tile have been used, or, where it
+    // has fewer than there are places, of the tile before.
+    const int count = blocks.end - blocks.begin;
+    const bool q_comes_last = Config::kStagesQ == 1 || (count <= Config::kStagesV && count < Config::kStagesK);
+    if (!q_comes_last) publish(number + 1);
     if (Config::kLatePv && !blocks.empty()) load_v(keys, blocks.begin);
     load_first_k(number + 1);
-    if (Config::kStagesQ == 1) publish(number + 1);
+    if (q_comes_last) publish(number + 1);
   }
 
   // Keys and values of one head of one sequence.
