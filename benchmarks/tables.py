@@ -330,9 +330,8 @@ def gpu_error(results: Path) -> str:
 def gpu_rms_error(results: Path) -> str:
     """Root mean square error on a GPU over the least of any peer in the same case: mean and largest over the cases."""
     tensors = ("out", "dq", "dk", "dv")
-    blocks = []
+    rows: dict[str, list[list[str]]] = {}
     for suite, environment, records in gpu_files(results):
-        rows = []
         for dtype in dict.fromkeys(record["case"]["dtype"] for record in records):
             ratios: dict[str, list[float]] = {name: [] for name in tensors}
             for record in (record for record in records if record["case"]["dtype"] == dtype):
@@ -343,10 +342,9 @@ def gpu_rms_error(results: Path) -> str:
                         ratios[name].append(found[OURS][name] / min(error[name] for error in peers))
             if ratios["out"]:
                 shown = (f"{geometric_mean(ratios[name]):.3f} ({max(ratios[name]):.3f})" for name in tensors)
-                rows.append([suite, dtype, str(len(ratios["out"])), *shown])
-        if rows:
-            blocks.append(f"{heading(environment)}\n\n{table(['suite', 'dtype', 'cases', *tensors], rows)}")
-    return "\n\n".join(blocks) or EMPTY
+                rows.setdefault(heading(environment), []).append([suite, dtype, str(len(ratios["out"])), *shown])
+    header = ["suite", "dtype", "cases", *tensors]
+    return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, lines in rows.items()) or EMPTY
 
 
 def tried(results: Path) -> str:
