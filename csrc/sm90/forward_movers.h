@@ -114,8 +114,8 @@ class Loader {
       load_v(keys, Config::kLatePv ? block : block - 1);
     }
     // In the order in which places become free: the next Q's when O of the tile before has left it (one alone: when the
-    // last scores are there); those of the last V and the next K when blocks of this tile have been used, or, where it
-    // has fewer than there are places, of the tile before.
+    // last scores are there); those of the last V and the next K when blocks of this tile have been used, or, if it has
+    // few, of the tile before.
     const int count = blocks.end - blocks.begin;
     const bool q_comes_last = Config::kStagesQ == 1 || (count <= Config::kStagesV && count < Config::kStagesK);
     if (!q_comes_last) publish(number + 1);
