@@ -15,6 +15,13 @@ namespace fae::cuda {
 
 constexpr int kWarpThreads = 32;
 
+// Shared memory of a thread block on the largest device that the code is being compiled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostSharedMemory = 163 << 10;
+#else
+constexpr int kMostSharedMemory = 227 << 10;
+#endif
+
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
 

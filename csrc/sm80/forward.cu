@@ -188,10 +188,12 @@ class ForwardTask {
 
   __device__ __forceinline__ void multiply_keys(Scores& s, int stage) const {
     s.fill(0);
-    const StraightOperand<typename Memory::Q, Side::left> q(memory_.q(), warp_row_);
-    multiply<kQuerySteps>(
-        s, [&](int m, int k) { return kQueryInRegisters ? query_[m][k] : q.left(m, k); },
-        StraightOperand<typename Memory::K, Side::right>(memory_.k(stage), 0), call_.precision);
+    const StraightOperand<typename Memory::K, Side::right> k(memory_.k(stage), 0);
+    if constexpr (kQueryInRegisters)
+      multiply<kQuerySteps>(s, [&](int m, int step) { return query_[m][step]; }, k, call_.precision);
+    else
+      multiply_operands<kQuerySteps>(s, StraightOperand<typename Memory::Q, Side::left>(memory_.q(), warp_row_), k,
+                                     call_.precision);
   }
 
   // O / l and lse = m + log l, the sink counted in.

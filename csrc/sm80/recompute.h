@@ -93,9 +93,8 @@ class Recompute {
                                                 const typename Operands::Rows& rows, int tile_row, Scores& c) const {
     c.fill(0);
     const StraightOperand<typename Operands::Keys, Side::left> left(keys, Warps().row);
-    multiply<Config::kDim / kStepDepth<T>>(
-        c.transpose, [&](int m, int k) { return left.left(m, k); },
-        StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
+    multiply_operands<Config::kDim / kStepDepth<T>>(
+        c.transpose, left, StraightOperand<typename Operands::Rows, Side::right>(rows, tile_row), precision_);
   }
 
   // Products become scores, -inf where they are hidden. on_cap_gradient: see ScoreTerms::apply.

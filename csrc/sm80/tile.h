@@ -86,16 +86,11 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Factor<T, kPre
                                              const Factor<T, kPrecision, 2>& b) {
   mma(d, a.x, b.x, T{});
 }
-// Tensor cores cut sums off where float arithmetic rounds them: what three products add up to is small beside `d`, and
-// the addition that takes it there rounds.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Factor<float, Precision::full, 4>& a,
                                              const Factor<float, Precision::full, 2>& b) {
-  float sum[4] = {};
-  mma(sum, a.low, b.high, float{});  // small terms first
-  mma(sum, a.high, b.low, float{});
-  mma(sum, a.high, b.high, float{});
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] += sum[i];
+  mma(d, a.low, b.high, float{});  // small terms first
+  mma(d, a.high, b.low, float{});
+  mma(d, a.high, b.high, float{});
 }
 
 // Two neighbouring elements of an accumulator in one register of a 16-bit fragment.
@@ -271,34 +266,55 @@ class PairStore {
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 // c += A B over kSteps steps, for the 16 M x 8 N elements of one warp. left(m, k) gives a fragment of A; `right` is an
-// operand.
-template <Precision kPrecision, int kSteps, int M, int N, class Left, class Right>
+// operand. Tensor cores cut sums off where float arithmetic rounds them: with float accuracy, products add up for two
+// steps only, and an addition outside takes them to c. (One step has twice the additions, and errors no smaller.)
+template <Precision kPrecision, int kSteps, int kUnroll, int M, int N, class Left, class Right>
 __device__ __forceinline__ void multiply_in(Accumulator<M, N>& c, Left&& left, const Right& right) {
   using T = typename Right::T;
-  static_assert(N % 2 == 0);
+  constexpr bool kRounded = std::is_same_v<T, float> && kPrecision == Precision::full;
+  constexpr int kTogether = kRounded ? 2 : 1;
+  static_assert(N % 2 == 0 && kSteps % kTogether == 0);
+#pragma unroll(kUnroll / kTogether)
+  for (int k = 0; k < kSteps; k += kTogether) {
+    Factor<T, kPrecision, 4> a[kTogether][M];
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    Factor<T, kPrecision, 4> a[M];
+    for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = Factor<T, kPrecision, 4>(left(m, k).x);
+      for (int m = 0; m < M; ++m) a[i][m] = Factor<T, kPrecision, 4>(left(m, k + i).x);
 #pragma unroll
-    for (int pair = 0; pair < N / 2; ++pair)
-      right.right(pair, k, [&](const FragmentB<T>& fragment0, const FragmentB<T>& fragment1) {
-        const Factor<T, kPrecision, 2> b0(fragment0.x), b1(fragment1.x);
+    for (int pair = 0; pair < N / 2; ++pair) {
+      Accumulator<M, 2> sum;
+      sum.fill(0);
+      const auto into = [&](int m, int n) -> float (&)[4] { return kRounded ? sum.x[m][n] : c.x[m][2 * pair + n]; };
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          multiply_add(c.x[m][2 * pair], a[m], b0);
-          multiply_add(c.x[m][2 * pair + 1], a[m], b1);
-        }
-      });
+      for (int i = 0; i < kTogether; ++i)
+        right.right(pair, k + i, [&](const FragmentB<T>& fragment0, const FragmentB<T>& fragment1) {
+          const Factor<T, kPrecision, 2> b0(fragment0.x), b1(fragment1.x);
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            multiply_add(into(m, 0), a[i][m], b0);
+            multiply_add(into(m, 1), a[i][m], b1);
+          }
+        });
+      if constexpr (kRounded)
+        sum.for_each([&](int m, int half, int n, int e) { c.at(m, half, 2 * pair + n, e) += sum.at(m, half, n, e); });
+    }
   }
 }
-template <int kSteps, int M, int N, class Left, class Right>
+template <int kSteps, int kUnroll = kSteps, int M, int N, class Left, class Right>
 __device__ __forceinline__ void multiply(Accumulator<M, N>& c, Left&& left, const Right& right, Precision precision) {
   if (std::is_same_v<typename Right::T, float> && precision == Precision::tf32)
-    multiply_in<Precision::tf32, kSteps>(c, left, right);
+    multiply_in<Precision::tf32, kSteps, kUnroll>(c, left, right);
   else
-    multiply_in<Precision::full, kSteps>(c, left, right);
+    multiply_in<Precision::full, kSteps, kUnroll>(c, left, right);
+}
+// With both operands in shared memory. The code of float has two steps and walks through it: with all of them in a row
+// the parts of their factors take more registers than there are.
+template <int kSteps, int M, int N, class Left, class Right>
+__device__ __forceinline__ void multiply_operands(Accumulator<M, N>& c, const Left& left, const Right& right,
+                                                  Precision precision) {
+  constexpr int kUnroll = std::is_same_v<typename Right::T, float> ? 2 : kSteps;
+  multiply<kSteps, kUnroll>(c, [&](int m, int k) { return left.left(m, k); }, right, precision);
 }
 
 // ---- Shared memory and global memory -------------------------------------------------------------------------------
