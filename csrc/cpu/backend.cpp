@@ -65,8 +65,14 @@ const Kernels& kernels() {
 }
 
 const Backend& backend() {
-  static const Backend cpu{
-      "cpu", false, declines, declines_backward, describe, forward_workspace, forward, backward_workspace, backward};
+  static const Backend cpu{.name = "cpu",
+                           .declines = declines,
+                           .declines_backward = declines_backward,
+                           .describe = describe,
+                           .forward_workspace = forward_workspace,
+                           .forward = forward,
+                           .backward_workspace = backward_workspace,
+                           .backward = backward};
   return cpu;
 }
 

@@ -1,4 +1,3 @@
-#include "../core/band.h"
 #include "../core/schedule.h"
 #include "../core/softmax.h"
 #include "accumulator.h"
@@ -14,7 +13,6 @@ struct Preparation {
   BackwardProblem p;  // with delta of the workspace, and cu_seqlens as they were given
   BackwardSpace space;
   RowStatistics statistics;
-  bool unseen_rows;  // whether there may be dense rows that see no key
 };
 
 constexpr int kThreads = 256;
@@ -120,22 +118,15 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
       sum = dot<T, kWholeVectors>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head),
                                   p.head_dim_v);
     sum = sum_over_lanes<kRowLanes>(sum);
-    if (i >= count) continue;
-    if (threadIdx.x % kRowLanes == 0) {
-      if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
-      *stats_ptr<float>(p.delta, batch, row, head) = sum;
-      if (a.statistics.rows) {
-        const float lse = *stats_ptr<float>(p.lse, batch, row, head);
-        a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
-            a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
-                                : as_floats(lse, sum);
-      }
+    if (i >= count || threadIdx.x % kRowLanes != 0) continue;
+    if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
+    *stats_ptr<float>(p.delta, batch, row, head) = sum;
+    if (a.statistics.rows) {
+      const float lse = *stats_ptr<float>(p.lse, batch, row, head);
+      a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
+          a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
+                              : as_floats(lse, sum);
     }
-    if (!a.unseen_rows) continue;
-    const Sequence s = sequence_of(p, batch);
-    if (row < s.seqlen_q && !band_of(p, s).any(row, row + 1).empty()) continue;
-    T* const dq = row_ptr<T>(p.dq, batch, row, head);
-    for (int64_t d = threadIdx.x % kRowLanes; d < p.head_dim; d += kRowLanes) dq[d] = T(0.0f);
   }
 }
 
@@ -165,12 +156,7 @@ BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardS
                                  const Execution& execution) {
   BackwardProblem p = problem;
   p.delta = space.delta;
-  // Dense rows that see no key: where lengths are the tensors' own, the host knows whether there are any.
-  const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
-  const bool whole_batch = !p.seqused_q && !p.seqused_k;
-  const bool unseen_rows = !p.cu_seqlens_q && !(whole_batch && band.rows_any(0, band.seqlen_k).size() == band.seqlen_q);
-
-  const Preparation preparation{p, space, statistics, unseen_rows};
+  const Preparation preparation{p, space, statistics};
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};

@@ -21,7 +21,6 @@ struct RowStatistics {
 // - The counters become zero.
 // - cu_seqlens, where given, are copied as what every reader can rely on: they begin at 0 or later, never decrease, and
 //   end within the tensors.
-// - dq becomes zero in rows of dense tensors that see no key, for which no kernel will come.
 BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, RowStatistics statistics,
                                  const Execution& execution);
 

@@ -283,7 +283,8 @@ void warp_operation(const char* name, WarpOperation operation, const void* in, v
   if (++warp.arrived < kWarpThreads) return suspend();
   warp.arrived = 0;
   for (unsigned i = first; i < first + kWarpThreads; ++i) {
-    if (block->fibers[i]->waiting != std::string_view(name))
+    const char* const waiting = block->fibers[i]->waiting;
+    if (waiting != name && waiting != std::string_view(name))
       fail(std::string("the lanes of a warp are not all in ") + name);
     block->fibers[i]->waiting = nullptr;
   }

@@ -93,6 +93,9 @@ void defer(std::function<void()> work);
 void close_deferred_group();
 void wait_for_deferred(int groups_left);
 
+// sum += a b, for matrices by rows, the columns of b in eights: what tensor cores do.
+void add_product(int rows, int cols, int depth, const float* a, const float* b, float* sum);
+
 // Runs `kernel` on every thread of a grid of one dimension, whose blocks belong to clusters of a size that divides it.
 void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int cluster,
               const std::function<void()>& kernel);

@@ -112,9 +112,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
           }
         }
         float sum[16][8] = {};
-        for (int i = 0; i < 16; ++i)
-          for (int k = 0; k < 2 * kHalf; ++k)
-            for (int j = 0; j < 8; ++j) sum[i][j] += a[i][k] * b[k][j];
+        emulator::add_product(16, 8, 2 * kHalf, a[0], b[0], sum[0]);
         for (int lane = 0; lane < 32; ++lane) {
           float (&d)[4] = *static_cast<const MmaOperands<T>*>(lanes[lane].in)->d;
           for (int i = 0; i < 4; ++i) d[i] += sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];

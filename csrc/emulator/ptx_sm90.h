@@ -163,15 +163,13 @@ void multiply_step(float* const (&d)[32], bool accumulate, const A& a, const B& 
     for (int k = 0; k < 16; ++k) left[i][k] = as_float(a(i, k));
   for (int j = 0; j < 8 * N; ++j)
     for (int k = 0; k < 16; ++k) right[k][j] = as_float(b(j, k));
-  for (int i = 0; i < 16; ++i) {
-    float sum[8 * N] = {};
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8 * N; ++j) sum[j] += left[i][k] * right[k][j];
+  float sum[16][8 * N] = {};
+  emulator::add_product(16, 8 * N, 16, left[0], right[0], sum[0]);
+  for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8 * N; ++j) {
       float& x = d[i % 8 * 4 + j % 8 / 2][4 * (j / 8) + i / 8 * 2 + j % 2];
-      x = accumulate ? x + sum[j] : sum[j];
+      x = accumulate ? x + sum[i][j] : sum[i][j];
     }
-  }
 }
 
 template <int N>

@@ -51,8 +51,7 @@ Problem problem_of(Inputs& in, const Extents& e) {
   return p;
 }
 
-// Backends write the rows of sequences only. Where others can exist (unused rows, padding of packed tensors), those
-// results are written here, before the backend runs.
+// Whether rows can exist that no sequence has: unused ones, padding of packed tensors.
 bool has_other_rows_q(const Inputs& in) { return in.cu_seqlens_q || in.seqused_q; }
 bool has_other_rows_k(const Inputs& in) { return in.cu_seqlens_k || in.seqused_k; }
 
@@ -68,16 +67,16 @@ std::tuple<Tensor, Tensor> forward(Inputs in) {
   Tensor out = new_empty(in.q, extents.out_sizes(), in.q.scalar_type());
   Tensor lse = new_empty(in.q, extents.lse_sizes(), stats_type(in.q));
   if (out.numel() == 0) return {out, lse};
-  if (has_other_rows_q(in)) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  }
 
   Problem p = problem_of(in, extents);
   p.out = tensor_view(out);
   p.lse = stats_view(lse);
   Runner runner(in.q);
   const Backend& backend = choose_backend(p, in.q.is_cuda());
+  if (has_other_rows_q(in) && !backend.writes_all_rows) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  }
   backend.forward(p, runner.execution(backend.forward_workspace(p, runner.threads())));
   return {out, lse};
 }
@@ -88,15 +87,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   Tensor dbias = g.bias_requires_grad ? new_empty_like(*in.bias) : new_empty(in.q, {0}, in.q.scalar_type());
   Tensor dsinks = in.sinks ? new_empty_like(*in.sinks) : new_empty(in.q, {0}, stats_type(in.q));
   const bool empty = g.out.numel() == 0;
-  if (empty || has_other_rows_q(in)) torch::stable::zero_(dq);
-  if (empty || has_other_rows_k(in)) {
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
-  }
   // Zero, so that a backend may leave out tiles that the mask hides, and add up the others.
   torch::stable::zero_(dbias);
   torch::stable::zero_(dsinks);
-  if (empty) return {dq, dk, dv, dbias, dsinks};
+  const auto clear_keys = [&] {
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  };
+  if (empty) {
+    torch::stable::zero_(dq);
+    clear_keys();
+    return {dq, dk, dv, dbias, dsinks};
+  }
 
   BackwardProblem p;
   static_cast<Problem&>(p) = problem_of(in, extents);
@@ -114,6 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   p.deterministic = g.deterministic;
   Runner runner(in.q);
   const Backend& backend = choose_backend(p, in.q.is_cuda());
+  if (has_other_rows_q(in) && !backend.writes_all_rows) torch::stable::zero_(dq);
+  if (has_other_rows_k(in) && !backend.writes_all_rows) clear_keys();
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));
   return {dq, dk, dv, dbias, dsinks};
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../cuda/other_rows.h"
 #include "kernels.h"
 
 namespace fae::sm80 {
@@ -36,6 +37,7 @@ std::string describe(const Problem& p, bool backward) {
 size_t forward_workspace(const Problem&, int) { return 0; }
 
 void forward(const Problem& p, const Execution& execution) {
+  cuda::clear_other_rows(p, execution);
   with_head_dim(p, [&](auto dim) { sm80::forward<dim()>(p, execution); });
 }
 
@@ -44,6 +46,7 @@ size_t backward_workspace(const BackwardProblem& p, int) {
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
+  cuda::clear_other_gradients(p, execution);
   with_head_dim(p, [&](auto dim) { sm80::backward<dim()>(p, execution); });
 }
 
@@ -57,8 +60,16 @@ const Backend& backend() {
   constexpr const char* kName = "sm80";
   constexpr bool kCuda = true;
 #endif
-  static const Backend sm80{
-      kName, kCuda, declines, declines_backward, describe, forward_workspace, forward, backward_workspace, backward};
+  static const Backend sm80{.name = kName,
+                            .cuda = kCuda,
+                            .writes_all_rows = true,
+                            .declines = declines,
+                            .declines_backward = declines_backward,
+                            .describe = describe,
+                            .forward_workspace = forward_workspace,
+                            .forward = forward,
+                            .backward_workspace = backward_workspace,
+                            .backward = backward};
   return sm80;
 }
 

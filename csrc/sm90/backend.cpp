@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../cuda/other_rows.h"
 #include "kernels.h"
 
 #if !defined(FAE_EMULATOR)
@@ -80,6 +81,7 @@ std::string describe(const Problem& p, bool backward) {
 size_t forward_workspace(const Problem&, int) { return sizeof(int); }  // the counter of tiles
 
 void forward(const Problem& p, const Execution& execution) {
+  cuda::clear_other_rows(p, execution);
   with_head_dim(p, [&](auto dim) { sm90::forward<dim()>(p, execution); });
 }
 
@@ -88,6 +90,7 @@ size_t backward_workspace(const BackwardProblem& p, int) {
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
+  cuda::clear_other_gradients(p, execution);
   with_head_dim(p, [&](auto dim) { sm90::backward<dim()>(p, execution); });
 }
 
@@ -103,6 +106,7 @@ const Backend& backend() {
 #endif
   static const Backend sm90{.name = kName,
                             .cuda = kCuda,
+                            .writes_all_rows = true,
                             .declines = declines,
                             .declines_backward = declines_backward,
                             .describe = describe,
