@@ -1,11 +1,29 @@
 #pragma once
 
+#include <algorithm>
+
 #include "../core/backend.h"
 #include "../core/schedule.h"
 
-// The workspace of a backward kernel that works on blocks of keys and adds up dQ of blocks of queries in global memory.
+// What backward kernels have in common that work on blocks of keys and add up dQ of blocks of queries in global memory:
+// the workspace, and the order of the work.
 
 namespace fae::cuda {
+
+// What fits into the second-level cache beside everything else.
+constexpr int64_t kCachedQueryBytes = int64_t{32} << 20;
+
+// Consecutive key blocks of a head run together and share the queries in the second-level cache. So many heads go
+// together that a key block's slot is free when its successors have begun, of `slots` that there are: those of as many
+// sequences where several lie one behind the other, but no more than have their queries, and dQ, in the cache.
+template <class T, class Config>
+int64_t heads_side_by_side(const BackwardProblem& p, const GridSchedule& schedule, int64_t slots) {
+  const int64_t key_blocks = ceil_div(int64_t{schedule.blocks}, p.cu_seqlens_k ? std::max<int64_t>(1, p.batch) : 1);
+  const int64_t heads = ceil_div(slots, std::max<int64_t>(1, key_blocks));
+  if (!p.cu_seqlens_k) return heads;
+  constexpr int64_t kRowBytes = Config::kDim * (2 * sizeof(T) + sizeof(float));  // of Q, dO and dQ
+  return std::min(heads, kCachedQueryBytes / (std::max<int64_t>(1, p.max_seqlen_q) * kRowBytes));
+}
 
 struct BackwardSpace {
   int64_t query_blocks, heads;  // per head; heads, of all sequences where tensors are not packed

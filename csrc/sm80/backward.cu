@@ -373,8 +373,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Warps that run at the same time on a large GPU. Consecutive key blocks of a head run together and share the queries
-// in the second-level cache; so many heads go together that a key block's slot is free when its successors have begun.
+// Warps that run at the same time on a large GPU.
 constexpr int64_t kConcurrentWarps = 1024;
 
 // The parts of the workspace.
@@ -404,7 +403,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
   GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.take_turns(1, ceil_div(kConcurrentWarps / Config::kWarps, std::max<int64_t>(1, schedule.blocks)));
+  schedule.take_turns(1, cuda::heads_side_by_side<T, Config>(p, schedule, kConcurrentWarps / Config::kWarps));
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
                           schedule,

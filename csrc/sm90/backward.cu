@@ -459,24 +459,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// What fits into the second-level cache beside everything else.
-constexpr int64_t kCachedBytes = int64_t{32} << 20;
-
 template <class T, class Config, Terms kTerms>
 void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& space, const Execution& execution) {
   using Memory = BackwardMemory<T, Config>;
   const bool direct_dbias = space.writes_dbias(p);
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
-  // Consecutive key blocks of a head run together and share the queries in the second-level cache; so many heads go
-  // together that a key block's slot is free when its successors have begun: those of as many sequences where several
-  // lie one behind the other, but no more than have their queries, and dQ, in the cache.
   GridSchedule schedule(p.batch, p.heads, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  constexpr int64_t kRowBytes = Config::kDim * (2 * sizeof(T) + sizeof(float));  // of Q, dO and dQ
-  const int64_t key_blocks = ceil_div(int64_t{schedule.blocks}, p.cu_seqlens_k ? std::max<int64_t>(1, p.batch) : 1);
-  int64_t heads = ceil_div(int64_t{cuda::multiprocessors()}, std::max<int64_t>(1, key_blocks));
-  if (p.cu_seqlens_k) heads = std::min(heads, kCachedBytes / (std::max<int64_t>(1, p.max_seqlen_q) * kRowBytes));
-  schedule.take_turns(p.heads / p.heads_kv, heads);
+  schedule.take_turns(p.heads / p.heads_kv, cuda::heads_side_by_side<T, Config>(p, schedule, cuda::multiprocessors()));
 
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;

@@ -17,7 +17,9 @@ template <int kWarpgroups_, int kKeys_, int kDim_, int kDimV_, int kStagesQ_, in
 struct ForwardTile {
   static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
-  static constexpr int kRows = kWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // A tile has rows of one head, or the same rows of several heads.
+  static constexpr int kHeads = 1, kHeadWarpgroups = kWarpgroups;
+  static constexpr int kRows = kHeadWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   // Kernels for one gradient are made of the same parts.
   static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
   static constexpr bool kLatePv = true;     // V is used a block later than K
@@ -52,6 +54,12 @@ template <Terms kTerms>
 struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
 template <Terms kTerms>
 struct ForwardConfig<256, kTerms> : ForwardTile<2, 64, 256, 256, 1, 3, 2> {};
+
+// Two heads a tile, for sequences so short that half of a tile's rows would be empty.
+struct TwoHeadsTile : ForwardConfig<64, Terms::none> {
+  static constexpr int kHeads = 2, kHeadWarpgroups = kWarpgroups / kHeads;
+  static constexpr int kRows = kHeadWarpgroups * kWarpgroupRows;
+};
 
 // A kernel for dQ, or one for dK and dV (backward_separate.h). From the keys, queries and keys change places: what is
 // called Q here is K, or V where a thread block has dK; kKeys are rows of Q and dO; only dQ has dO beside Q.

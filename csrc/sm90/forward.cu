@@ -62,8 +62,11 @@ class Computer {
   __device__ __forceinline__ KeyBlocks<int> blocks_of_all() const {
     return memory_.read_blocks(tile_, Config::kWarpgroups);
   }
-  __device__ __forceinline__ int row_begin(const Work& work) const {  // of the warpgroup
-    return work.row_begin + warpgroup_ * kWarpgroupRows;
+  __device__ __forceinline__ int row_begin(const Work& work) const { return row_begin_of<Config>(work, warpgroup_); }
+  __device__ __forceinline__ int head(const Work& work) const { return head_of<Config>(work, warpgroup_); }
+  __device__ __forceinline__ int key_begin(const Work& work, int block) const {
+    if constexpr (Config::kHeads > 1) block -= work.numbered_from(warpgroup_ / Config::kHeadWarpgroups);
+    return block * Config::kKeys;
   }
 
   // A tile of which this warpgroup's rows see nothing.
@@ -288,7 +291,7 @@ class Computer {
       });
     if (kTerms != Terms::any && kTerms != Terms::alibi && !edge) return;
     const Work tile = work();
-    const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
+    const int row = row_begin(tile) + warp_row_, key = key_begin(tile, block);
     if (kTerms == Terms::any) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
     if (kTerms == Terms::alibi) alibi(tile, block).add(scores_, scale_log2_);
     if (edge) cuda::mask_sides(scores_, tile.band, row, key);
@@ -330,7 +333,7 @@ class Computer {
     output_.for_each_row([&](int m, int half) {
       states_.x[m][half].l = cuda::quad_sum(states_.x[m][half].l);
       RowState<float> state = states_.x[m][half].total();
-      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[tile.head]) : 1.0f;
+      const float factor = p_.sinks ? state.add_sink(static_cast<const float*>(p_.sinks)[head(tile)]) : 1.0f;
       float weight = factor * state.inverse_sum();
       if constexpr (kGeneral || kTerms == Terms::dropout) weight *= call_.constants.kept_weight;
 #pragma unroll
@@ -339,7 +342,7 @@ class Computer {
         for (int e = 0; e < 2; ++e) output_.at(m, half, n, e) *= weight;
       const int i = row + output_.row(m, half);
       if (lane_index() % 4 == 0 && i < tile.band.seqlen_q)
-        *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, tile.head) = state.lse();
+        *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, head(tile)) = state.lse();
     });
     if constexpr (!Config::kStoresByCopy)
       sm80::write_rows<T, true>(output_, p_.out, tile.batch, tile.q_start + row, tile.head, tile.band.seqlen_q - row, 0,
@@ -355,7 +358,7 @@ class Computer {
     for (int pair = 0; pair < ND / 2; ++pair)
       store_matrices(o.address(warp_row_ + lane % 16, 16 * pair + lane / 16 * 8),
                      sm80::as_left_operand<T>(output_, 0, pair).x);
-    if (!stored_whole(tile, warpgroup_)) store_rows(tile, o, row);
+    if (!stored_whole<Config>(tile, warpgroup_)) store_rows(tile, o, row);
     fence_async_proxy();  // O is copied from there, or a Q to there
     __syncwarp();
     arrive_if(memory_.out_full(q_.stage()), lane_index() == 0);
@@ -370,7 +373,7 @@ class Computer {
     for (int i = lane_index(); i < rows * kLanes; i += cuda::kWarpThreads) {
       const int col = i % kLanes * kChunk;
       if (col < cols)
-        *reinterpret_cast<uint4*>(row_ptr<T>(p_.out, work.batch, work.q_start + row + i / kLanes, work.head) + col) =
+        *reinterpret_cast<uint4*>(row_ptr<T>(p_.out, work.batch, work.q_start + row + i / kLanes, head(work)) + col) =
             sm80::load_shared_16_bytes(o.address(warp_row_ + i / kLanes, col));
     }
   }
@@ -429,10 +432,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   }
 }
 
-template <class T, Terms kTerms>
-void run_forward(const Problem& p, const Execution& execution) {
-  using Config = ForwardConfig<FAE_HEAD_DIM, kTerms>;
-  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+template <class T, class Config, Terms kTerms>
+void run_kernel(const Problem& p, const Execution& execution) {
+  GridSchedule schedule(p.batch, p.heads / Config::kHeads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k;
   schedule.group_pairs(concurrent_heads(p));
@@ -460,6 +462,14 @@ void run_forward(const Problem& p, const Execution& execution) {
                         .shared_bytes = ForwardMemory<T, Config>::kBytes,
                         .overlaps = true};
   cuda::launch("sm90 forward", forward_kernel<T, Config, kTerms>, grid, execution.stream, call);
+}
+
+template <class T, Terms kTerms>
+void run_forward(const Problem& p, const Execution& execution) {
+  if constexpr (FAE_HEAD_DIM == 64 && kTerms == Terms::none)
+    if (p.max_seqlen_q <= TwoHeadsTile::kRows && p.heads % 2 == 0)
+      return run_kernel<T, TwoHeadsTile, kTerms>(p, execution);
+  run_kernel<T, ForwardConfig<FAE_HEAD_DIM, kTerms>, kTerms>(p, execution);
 }
 
 }  // namespace

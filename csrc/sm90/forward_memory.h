@@ -28,6 +28,11 @@ FAE_INLINE int64_t concurrent_heads(const Problem& p) { return p.uneven() ? 16 :
 struct alignas(16) Work {
   int batch = 0, head = 0, head_kv = 0, row_begin = 0, q_start = 0, k_start = 0;  // batch -1: there are no more
   cuda::DeviceBand band = {};
+  // Of several heads, each has so many blocks of keys, from this one on. They are numbered one head after the other.
+  int head_blocks = 0, first_block = 0;
+
+  // The number of block 0 of the tile's head number i.
+  __device__ int numbered_from(int i) const { return i * head_blocks - first_block; }
 };
 
 template <class T, class Config>

@@ -7,6 +7,16 @@
 
 namespace fae::sm90 {
 
+// A warpgroup's rows of a tile, and the head that they belong to.
+template <class Config>
+__device__ __forceinline__ int row_begin_of(const Work& work, int warpgroup) {
+  return work.row_begin + warpgroup % Config::kHeadWarpgroups * kWarpgroupRows;
+}
+template <class Config>
+__device__ __forceinline__ int head_of(const Work& work, int warpgroup) {
+  return work.head + warpgroup / Config::kHeadWarpgroups;
+}
+
 // Takes tiles and loads their Q, K and V; for a gradient also dO and statistics (Config says what is called so).
 template <class T, class Config, class Call = ForwardCall>
 class Loader {
@@ -53,7 +63,8 @@ class Loader {
       const Sequence s = sequence_of(p_, tile.batch);
       if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
-      const int head = static_cast<int>(tile.head), head_kv = static_cast<int>(static_cast<unsigned>(head) / group);
+      const int head = static_cast<int>(tile.head) * Config::kHeads;
+      [[maybe_unused]] const int head_kv = static_cast<int>(static_cast<unsigned>(head) / group);
       work = {static_cast<int>(tile.batch),
               Config::kFromKeys ? head_kv : head,
               Config::kFromKeys ? head : head_kv,
@@ -66,9 +77,16 @@ class Loader {
     // Every lane for the rows of one warpgroup, the last for all of them.
     const int part = min(lane_index(), Config::kWarpgroups);
     const bool all = part == Config::kWarpgroups;
-    const int row = work.row_begin + (all ? 0 : part * kWarpgroupRows);
+    const int row = work.row_begin + (all ? 0 : part % Config::kHeadWarpgroups * kWarpgroupRows);
     const int row_end = min(row + (all ? Config::kRows : kWarpgroupRows), work.band.seqlen_q);
-    const KeyBlocks<int> blocks(work.band.any(row, row_end), work.band.every(row, row_end), Config::kKeys);
+    KeyBlocks<int> blocks(work.band.any(row, row_end), work.band.every(row, row_end), Config::kKeys);
+    if constexpr (Config::kHeads > 1) {
+      work.first_block = __shfl_sync(0xffffffffu, blocks.begin, Config::kWarpgroups);
+      work.head_blocks = __shfl_sync(0xffffffffu, blocks.end, Config::kWarpgroups) - work.first_block;
+      const int by = work.numbered_from(all ? 0 : part / Config::kHeadWarpgroups);
+      for (int* number : {&blocks.begin, &blocks.full_begin, &blocks.full_end, &blocks.end}) *number += by;
+      if (all) blocks.end *= Config::kHeads;
+    }
     if (first_) memory_.write_work(number, work);
     if (lane_index() <= Config::kWarpgroups) memory_.write_blocks(number, part, blocks);
     __syncwarp();
@@ -124,13 +142,22 @@ class Loader {
     if (q_comes_last) publish(number + 1);
   }
 
-  // Keys and values of one head of one sequence.
+  // Keys and values of one head of one sequence, or of a tile's several heads.
   struct Keys {
     int batch, head, start, seqlen;
+    int head_blocks, first_block, second_head;
   };
 
   __device__ Keys keys_of(const Work& work) const {
-    return {p_.cu_seqlens_k ? 0 : work.batch, work.head_kv, work.k_start, work.band.seqlen_k};
+    const unsigned group =
+        Config::kHeads == 1 ? 1 : static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
+    return {p_.cu_seqlens_k ? 0 : work.batch,
+            work.head_kv,
+            work.k_start,
+            work.band.seqlen_k,
+            work.head_blocks,
+            work.first_block,
+            static_cast<int>(static_cast<unsigned>(work.head + 1) / group)};
   }
 
   // Hands a tile that has been planned to the others, with its Q where it has any keys.
@@ -147,8 +174,8 @@ class Loader {
     if (first_ && any) {
       arrive_expecting(ring.full(), Config::kWarpgroups * Rows::kBytes);
       for (int w = 0; w < Config::kWarpgroups; ++w)
-        load_tile(Rows{place.base + w * Rows::kBytes}, map, work.q_start + work.row_begin + w * kWarpgroupRows,
-                  work.head, p_.cu_seqlens_q ? 0 : work.batch, ring.full());
+        load_tile(Rows{place.base + w * Rows::kBytes}, map, work.q_start + row_begin_of<Config>(work, w),
+                  head_of<Config>(work, w), p_.cu_seqlens_q ? 0 : work.batch, ring.full());
     } else if (first_) {
       arrive(ring.full());
     }
@@ -169,17 +196,22 @@ class Loader {
   // `tile` is the ring's next place. clears: weights of 0 do not hide what lies behind the sequence where the tensor
   // goes on, since 0 times NaN is NaN.
   template <bool kWithStatistics, class Ring, class Tile>
-  __device__ void load(Ring& ring, const Tile& tile, const TensorMap& map, const Keys& keys, int block, bool clears) {
+  __device__ void load(Ring& ring, const Tile& tile, const TensorMap& map, const Keys& keys, int number, bool clears) {
+    int block = number, head = keys.head;
+    if constexpr (Config::kHeads > 1) {
+      const bool second = number >= keys.head_blocks;
+      if (second) head = keys.second_head;
+      block += keys.first_block - (second ? keys.head_blocks : 0);
+    }
     const int key = block * Config::kKeys, valid = keys.seqlen - key;
     const bool tail = clears && valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
     ring.wait_empty();
     if (first_) {
       const uint32_t barrier = tail ? memory_.tail_full() : ring.full();
       arrive_expecting(barrier, Tile::kBytes + (kWithStatistics ? Memory::kStatisticsBytes : 0));
-      load_tile(tile, map, keys.start + key, keys.head, keys.batch, barrier);
+      load_tile(tile, map, keys.start + key, head, keys.batch, barrier);
       if constexpr (kWithStatistics)
-        load_box(memory_.statistics(ring.stage()), call_.statistics, 0, keys.start + key, keys.head, keys.batch,
-                 barrier);
+        load_box(memory_.statistics(ring.stage()), call_.statistics, 0, keys.start + key, head, keys.batch, barrier);
     }
     if (tail) {
       wait(memory_.tail_full(), tail_parity_);
@@ -206,8 +238,9 @@ class Loader {
 };
 
 // Whether the accelerator may store all rows of a warpgroup: those past a sequence's end are not ours.
+template <class Config>
 __device__ __forceinline__ bool stored_whole(const Work& work, int warpgroup) {
-  return work.row_begin + (warpgroup + 1) * kWarpgroupRows <= work.band.seqlen_q;
+  return row_begin_of<Config>(work, warpgroup) + kWarpgroupRows <= work.band.seqlen_q;
 }
 
 // Stores O of every tile.
@@ -223,9 +256,9 @@ __device__ void store_tiles(const ForwardCall& call, const ForwardMemory<T, Conf
     wait(memory.out_full(q.stage()), q.parity());
     if (lane_index() != 0) continue;
     for (int w = 0; w < Config::kWarpgroups; ++w)
-      if (stored_whole(work, w))
+      if (stored_whole<Config>(work, w))
         for (int block = 0; block < Memory::O::kBlocks; ++block)
-          store_box(call.out, block * kBoxCols, work.q_start + work.row_begin + w * kWarpgroupRows, work.head,
+          store_box(call.out, block * kBoxCols, work.q_start + row_begin_of<Config>(work, w), head_of<Config>(work, w),
                     call.p.cu_seqlens_q ? 0 : work.batch, memory.o(q.stage(), w).address(0, block * kBoxCols));
     commit_stores();
     wait_stores_read<0>();
