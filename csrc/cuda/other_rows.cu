@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__
     }
 }
 
+int64_t element_size(const Problem& p) { return p.dtype == DType::float32 ? 4 : 2; }
+
 Rows rows_of(const Problem& p, bool keys, int64_t heads) {
   const int32_t* const cu_seqlens = keys ? p.cu_seqlens_k : p.cu_seqlens_q;
   const int64_t total = keys ? p.total_k : p.total_q, longest = keys ? p.max_seqlen_k : p.max_seqlen_q;
@@ -80,7 +82,7 @@ Rows rows_of(const Problem& p, bool keys, int64_t heads) {
 }
 
 void clear(const Problem& p, const Rows& queries, const Rows& keys, const Execution& execution) {
-  const Clearing clearing{p, p.dtype == DType::float32 ? 4 : 2, {queries, keys}};
+  const Clearing clearing{p, element_size(p), {queries, keys}};
   bool whole = true;
   for (const Rows& side : clearing.sides)
     for (int t = 0; t < 2; ++t) {
@@ -103,13 +105,12 @@ void clear_other_rows(const Problem& p, const Execution& execution) {
   if (!p.cu_seqlens_q && !p.seqused_q) return;
   Rows side = rows_of(p, false, p.heads);
   side.tensors[0] = p.out;
-  side.row_bytes[0] = p.head_dim_v * (p.dtype == DType::float32 ? 4 : 2);
+  side.row_bytes[0] = p.head_dim_v * element_size(p);
   side.lse = p.lse;
   clear(p, side, {}, execution);
 }
 
 void clear_other_gradients(const BackwardProblem& p, const Execution& execution) {
-  const int64_t element_size = p.dtype == DType::float32 ? 4 : 2;
   Rows queries, keys;
   // Where lengths are the tensors' own, the host knows whether any row sees no key.
   const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
@@ -118,14 +119,14 @@ void clear_other_gradients(const BackwardProblem& p, const Execution& execution)
     queries = rows_of(p, false, p.heads);
     queries.unseeing = true;
     queries.tensors[0] = p.dq;
-    queries.row_bytes[0] = p.head_dim * element_size;
+    queries.row_bytes[0] = p.head_dim * element_size(p);
   }
   if (p.cu_seqlens_k || p.seqused_k) {
     keys = rows_of(p, true, p.heads_kv);
     keys.tensors[0] = p.dk;
-    keys.row_bytes[0] = p.head_dim * element_size;
+    keys.row_bytes[0] = p.head_dim * element_size(p);
     keys.tensors[1] = p.dv;
-    keys.row_bytes[1] = p.head_dim_v * element_size;
+    keys.row_bytes[1] = p.head_dim_v * element_size(p);
   }
   clear(p, queries, keys, execution);
 }
