@@ -134,6 +134,12 @@ def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
     check(case.but(window_left=40, window_right=20, scale=-1 / math.sqrt(32)), device)
 
 
+def test_finite_scores_where_torch_overflows(device: str) -> None:
+    """The lowest float16 as a bias, and products that take the sum below it."""
+    case = Case(batch=1, seqlen_q=3, seqlen_k=33, heads=1, heads_kv=1, head_dim=192, window_left=0, scale=1.0)
+    check(case.but(dtype=torch.float16, bias="1111", bias_values="finite_min"), device)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

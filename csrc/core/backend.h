@@ -32,8 +32,8 @@ struct Execution {
 struct Backend {
   const char* name = nullptr;  // "cpu", "sm80", "sm90"
   bool cuda = false;
-  // Whether it writes the rows of results that no sequence has, too (unused rows, padding of packed tensors): zeros, and
-  // -inf as lse. Otherwise they are there before it runs.
+  // Whether it writes the rows of results that no sequence has, too (unused rows, padding of packed tensors): zeros,
+  // and -inf as lse. Otherwise they are there before it runs.
   bool writes_all_rows = false;
 
   // Why this backend does not take the call, one entry per unmet constraint; empty: it does.

@@ -11,9 +11,8 @@
 // Clusters, most of one block, run one after the other, in the order of their index.
 //
 // What goes wrong only sometimes on a GPU goes wrong here every time:
-// - Asynchronous copies and products happen when they are waited for, not before: operands that are overwritten too
-// early
-//   and results that are read too early are wrong. Tensor copies arrive only when no thread can go on without them.
+// - Asynchronous copies and products happen when they are waited for, not before: operands overwritten too early and
+//   results read too early are wrong. Tensor copies arrive only when no thread can go on without them.
 // - Shared memory starts out as NaN.
 // - The lanes of a warp must meet in the same operation: anything else aborts and says where each one is.
 // - FAE_EMULATOR_ORDER=backward runs the warps in the opposite order, which shows missing barriers.
