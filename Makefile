@@ -38,7 +38,7 @@ demo: install-demo
 
 .PHONY: test
 test: install-test,demo,transformers,docs
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal -m "not slow"
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
 # from its folder, so that Python finds it first. torch and Python leak on purpose. The sanitizer looks for the function
@@ -50,7 +50,7 @@ test-sanitize: install-test,demo,transformers
 	FAE_SANITIZE=1 FAE_CUDA=0 FAE_EMULATOR=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
 	preload=$$(for library in libasan.so libstdc++.so.6; do $${CXX:-c++} -print-file-name=$$library; done) && \
 	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  $(PYTHON) -m pytest -n auto -c $(CURDIR)/pyproject.toml -m "not slow" \
+	  $(PYTHON) -m pytest -n auto --dist worksteal -c $(CURDIR)/pyproject.toml -m "not slow and not large" \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) --ignore $(CURDIR)/tests/test_build.py
 
 .PHONY: lint

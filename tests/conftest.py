@@ -49,7 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "cpu: float64, which runs on the CPU only")
     config.addinivalue_line("markers", "one_kernel: compares bits of layouts, some of which sm90 leaves to sm80")
-    config.addinivalue_line("markers", "large: takes the emulator minutes, and is left out there")
+    config.addinivalue_line("markers", "large: takes minutes on the emulator or under sanitizers; left out there")
+    config.addinivalue_line("markers", "ranges: about how large numbers become, for which float16 is emulated, too")
 
 
 def pytest_report_header() -> str:
@@ -59,6 +60,17 @@ def pytest_report_header() -> str:
         f"flash_attn_ext: CPU levels {', '.join(CPU_LEVELS)}; not on this machine: {', '.join(missing) or 'none'}; "
         f"GPU: {gpu}; emulated: {', '.join(EMULATED) or 'none'}; {EXAMPLES} drawn problems (FAE_TEST_EXAMPLES)"
     )
+
+
+def runs(place: str, dtype: torch.dtype, ranges: bool) -> bool:
+    """Whether tests that take both run there. What they leave out would be the same code twice, and take minutes."""
+    if place.removeprefix("cpu-") in MATRIX_LEVELS:
+        return dtype == torch.bfloat16
+    if place in EMULATED:
+        # float32 on Hopper is sm80's; both 16-bit types share every line but the instruction that multiplies.
+        types = (torch.bfloat16, *((torch.float32,) if place == "sm80_emulated" else ()))
+        return dtype in types or (ranges and dtype == torch.float16)
+    return place.startswith("cpu") or dtype != torch.float64
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,11 +89,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             parameters.append(pytest.param(place, id=place, marks=marks))
             continue
         for dtype in DTYPES:
-            if place.removeprefix("cpu-") in MATRIX_LEVELS and dtype != torch.bfloat16:
-                continue
-            if not place.startswith("cpu") and dtype == torch.float64:
-                continue
-            parameters.append(pytest.param(place, dtype, id=f"{place}-{DTYPE_NAMES[dtype]}", marks=marks))
+            if runs(place, dtype, ranges=marked("ranges") is not None):
+                parameters.append(pytest.param(place, dtype, id=f"{place}-{DTYPE_NAMES[dtype]}", marks=marks))
     if with_dtype:
         metafunc.parametrize(("device", "dtype"), parameters, indirect=["device"])
     else:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PRODUCTS = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA)\b")
@@ -20,12 +20,13 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or next((shutil.which("cuobjdump", path=folder) for folder in found), None)
 
 
-def kernels(library: Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Name and (address, instruction) of every kernel of every architecture in the file."""
+def kernels(library: Path, names: Iterable[str]) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Name and (address, instruction) of these kernels, for every architecture that the file has code for."""
     program = cuobjdump()
     assert program
+    command = [program, "--dump-sass", "--function", ",".join(names), library]
     search = {"PATH": str(Path(program).parent)}
-    text = subprocess.run([program, "-sass", library], capture_output=True, text=True, check=True, env=search).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=search).stdout
     for function in re.split(r"\n\s*Function : ", text)[1:]:
         name, _, body = function.partition("\n")
         yield name, [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", body)]

@@ -125,6 +125,7 @@ def test_head_dim(device: str, dtype: torch.dtype, head_dim: int) -> None:
     check(case.but(head_dim=head_dim, head_dim_v=other, softcap=3.0, bias="1h1k", sinks=True), device)
 
 
+@pytest.mark.ranges
 @pytest.mark.parametrize("values", VALUES)
 def test_scores(device: str, dtype: torch.dtype, values: str) -> None:
     """Score patterns that are hard on a running maximum; window and sinks change which key has the maximum."""
@@ -176,6 +177,7 @@ def test_single_term(device: str, dtype: torch.dtype, shape: Case, term: dict[st
     check(shape.but(dtype=dtype, heads=2, heads_kv=1, **term), device)
 
 
+@pytest.mark.ranges
 @pytest.mark.parametrize("bias_values", BIAS_VALUES)
 def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:
     case = Case(seqlen_q=40, seqlen_k=150, heads=2, heads_kv=1, bias="bhqk", bias_values=bias_values, dtype=dtype)
@@ -253,6 +255,7 @@ def test_small_probabilities(device: str, dtype: torch.dtype, head_dim: int) -> 
     assert all(error < 1.5 * errors[0][name] for name, error in errors[1].items()), errors
 
 
+@pytest.mark.ranges
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_not_finite_inputs(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import EXP_ERROR, Case, check
+from cases import EXP_ERROR, SANITIZED, Case, check
 
 import flash_attn_ext
 from flash_attn_ext import reference
@@ -25,6 +25,7 @@ def gradients(out: torch.Tensor, *leaves: torch.Tensor, dout: torch.Tensor | Non
     return torch.autograd.grad(out, leaves, torch.ones_like(out) if dout is None else dout)
 
 
+@pytest.mark.ranges
 def test_nan_from_huge_inputs(device: str, dtype: torch.dtype) -> None:
     """PT#121558: q = k = v = 133120 in bfloat16 gave NaN."""
     value = 60000.0 if dtype == torch.float16 else 133120.0
@@ -57,6 +58,7 @@ def test_biased_rounding_where_maxima_repeat(device: str) -> None:
     assert error.mean().abs() < allowed
 
 
+@pytest.mark.ranges
 def test_nan_from_a_mask_of_finite_minimum(device: str, dtype: torch.dtype) -> None:
     """PT#109517: finfo.min as the bias of the first 128 keys overflowed to -inf."""
     case = Case(batch=1, heads=2, seqlen_q=441, seqlen_k=441, head_dim=64, dtype=dtype, bias="b11k")
@@ -218,11 +220,15 @@ def test_garbage_from_one_row_with_grouped_heads(device: str, dtype: torch.dtype
     check(Case(batch=2, seqlen_q=1, seqlen_k=77, heads=8, heads_kv=2, head_dim=128, dtype=dtype), device)
 
 
-def test_dq_differs_between_runs(device: str, dtype: torch.dtype) -> None:
+def test_dq_differs_between_runs(device: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """FA#2244: deterministic=True, and dq differed between 30 runs."""
+    slow = SANITIZED or "emulated" in request.node.callspec.id  # where all runs go the same way
     q, k, v = (torch.randn(1, 300, 2, 64, dtype=dtype, device=device).requires_grad_() for _ in range(3))
-    runs = [gradients(flash_attn_ext.attention(q, k, v, causal=True, deterministic=True), q)[0] for _ in range(30)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
+    first, *others = (
+        gradients(flash_attn_ext.attention(q, k, v, causal=True, deterministic=True), q)[0]
+        for _ in range(2 if slow else 30)
+    )
+    assert all(torch.equal(run, first) for run in others)
 
 
 def test_dout_read_before_it_was_written(device: str) -> None:

@@ -31,9 +31,8 @@ struct Fiber {
   ucontext_t start;  // used once, to enter the stack; after that jump buffers switch without a system call
   jmp_buf resume;
   std::unique_ptr<char[]> stack;
-  bool started = false, done = false;
-  const char* waiting = nullptr;  // the operation it waits in; null: runnable
-  uint32_t barrier = 0;           // that it waits for, and the parity of the phase; `waiting` says whether
+  bool started = false;
+  uint32_t barrier = 0;  // that it waits for, and the parity of the phase, where it waits in kMemoryBarrier
   int parity = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
@@ -43,6 +42,7 @@ struct Fiber {
 
 struct Warp {
   int arrived = 0;
+  const char* operation = nullptr;  // that they have arrived at
   LaneOperands operands[kWarpThreads];
   std::vector<std::function<void()>> open_group;
   std::deque<std::vector<std::function<void()>>> groups;
@@ -86,6 +86,7 @@ struct Block {
   Cluster* cluster;
   unsigned index = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<const char*> waiting;  // by thread, the operation it waits in, or kReturned; null: it can run
   std::vector<Warp> warps;
   std::vector<char> shared;
   int at_barrier = 0, live = 0;
@@ -102,6 +103,7 @@ Block* block = nullptr;  // of the running thread
 const char* const kBarrier = "__syncthreads";
 const char* const kClusterBarrier = "barrier.cluster";
 const char* const kMemoryBarrier = "mbarrier";
+const char* const kReturned = "return";
 std::map<std::string, int64_t> grids;  // by the kernel's name, how many have run
 
 Barrier& barrier_at(uint32_t offset) {
@@ -113,38 +115,48 @@ Barrier& barrier_at(uint32_t offset) {
 // A phase has ended when the barrier is in one of the other parity.
 bool has_ended(uint32_t offset, int parity) { return static_cast<int>(barrier_at(offset).phase % 2) != parity; }
 
-bool can_run(const Fiber& f) {
-  return !f.done && (!f.waiting || (f.waiting == kMemoryBarrier && has_ended(f.barrier, f.parity)));
+bool can_run(unsigned index) {
+  const char* const waiting = block->waiting[index];
+  if (waiting != kMemoryBarrier) return !waiting;
+  const Fiber& f = *block->fibers[index];
+  return has_ended(f.barrier, f.parity);
 }
 
-void suspend() {
-  if (_setjmp(block->running->resume) == 0) _longjmp(block->cluster->scheduler, 1);
+[[noreturn]] void go_on_with(unsigned index) {
+  Fiber& f = *block->fibers[index];
+  block->running = &f;
+  block->running_index = index;
+  if (f.started) _longjmp(f.resume, 1);
+  f.started = true;
+  setcontext(&f.start);
+  fail("a thread does not start");
+}
+
+// From thread to scheduler and back are two switches: where another lane of the warp can run, one is enough.
+void suspend(const char* waiting) {
+  block->waiting[block->running_index] = waiting;
+  if (_setjmp(block->running->resume) != 0) return;
+  for (unsigned next = block->running_index + 1; next % kWarpThreads != 0; ++next)
+    if (can_run(next)) go_on_with(next);
+  _longjmp(block->cluster->scheduler, 1);
 }
 
 void enter_fiber() {
   (*block->cluster->kernel)();
   if (!block->running->stores.empty() || !block->running->open_stores.empty()) fail("it leaves stores behind");
-  block->running->done = true;
+  block->waiting[block->running_index] = kReturned;
   --block->live;
   --block->cluster->live;
   _longjmp(block->cluster->scheduler, 1);
 }
 
-void resume(Block& of, unsigned index) {
-  block = &of;
-  Fiber& f = *block->fibers[index];
-  block->running = &f;
-  block->running_index = index;
-  if (_setjmp(block->cluster->scheduler) != 0) return;
-  if (f.started) _longjmp(f.resume, 1);
-  f.started = true;
-  setcontext(&f.start);
+void resume(unsigned index) {
+  if (_setjmp(block->cluster->scheduler) == 0) go_on_with(index);
 }
 
 void prepare_fiber(Fiber& f) {
   if (!f.stack) f.stack.reset(new char[kStackBytes]);
-  f.started = f.done = false;
-  f.waiting = nullptr;
+  f.started = false;
   f.open_group.clear();
   f.groups.clear();
   f.open_stores.clear();
@@ -215,8 +227,8 @@ bool advance(Block& of, bool backward) {
       for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
         const unsigned index = warp * kWarpThreads + lane;
         block = &of;
-        if (!can_run(*of.fibers[index])) continue;
-        resume(of, index);
+        if (!can_run(index)) continue;
+        resume(index);
         moved = progress = true;
       }
     }
@@ -226,8 +238,7 @@ bool advance(Block& of, bool backward) {
 
 // Lets the threads that wait at a barrier go on.
 void open_barrier(Block& of, const char* name) {
-  for (const auto& f : of.fibers)
-    if (f->waiting == name) f->waiting = nullptr;
+  std::replace(of.waiting.begin(), of.waiting.end(), name, static_cast<const char*>(nullptr));
 }
 
 // Until all threads of the cluster have returned.
@@ -276,25 +287,21 @@ Index grid_size() { return {block->cluster->grid}; }
 char* shared_memory() { return block->shared.data(); }
 
 void warp_operation(const char* name, WarpOperation operation, const void* in, void* out) {
-  const unsigned index = block->running_index, first = index / kWarpThreads * kWarpThreads;
+  const unsigned index = block->running_index;
   Warp& warp = block->warps[index / kWarpThreads];
+  if (warp.arrived == 0) warp.operation = name;
+  if (warp.operation != name && warp.operation != std::string_view(name))
+    fail(std::string("the lanes of a warp are not all in ") + name);
   warp.operands[index % kWarpThreads] = {in, out};
-  block->running->waiting = name;
-  if (++warp.arrived < kWarpThreads) return suspend();
+  if (++warp.arrived < kWarpThreads) return suspend(name);
   warp.arrived = 0;
-  for (unsigned i = first; i < first + kWarpThreads; ++i) {
-    const char* const waiting = block->fibers[i]->waiting;
-    if (waiting != name && waiting != std::string_view(name))
-      fail(std::string("the lanes of a warp are not all in ") + name);
-    block->fibers[i]->waiting = nullptr;
-  }
+  std::fill_n(block->waiting.begin() + index / kWarpThreads * kWarpThreads, kWarpThreads, nullptr);
   operation(warp.operands);
 }
 
 void block_barrier() {
-  block->running->waiting = kBarrier;
   ++block->at_barrier;
-  suspend();
+  suspend(kBarrier);
 }
 
 void copy_later(uint32_t shared_offset, const void* global, int bytes, int valid) {
@@ -325,8 +332,10 @@ void fail(const std::string& what) {
     std::string before;
     for (size_t i = 0; i < b->fibers.size(); ++i) {
       const Fiber& f = *b->fibers[i];
-      std::string where = f.done ? "has returned" : f.waiting ? std::string("waits in ") + f.waiting : "can run";
-      if (f.waiting == kMemoryBarrier)
+      const char* const waiting = b->waiting[i];
+      std::string where = waiting ? std::string("waits in ") + waiting : "can run";
+      if (waiting == kReturned) where = "has returned";
+      if (waiting == kMemoryBarrier)
         where += " at " + std::to_string(f.barrier) + " for parity " + std::to_string(f.parity);
       if (where != before) std::fprintf(stderr, "  block %u, from thread %zu on: %s\n", b->index, i, where.c_str());
       before = where;
@@ -351,18 +360,16 @@ void arrive_at_barrier(uint32_t offset, int expected_bytes) {
 void wait_for_barrier(uint32_t offset, int parity) {
   if (has_ended(offset, parity)) return;
   Fiber& f = *block->running;
-  f.waiting = kMemoryBarrier;
   f.barrier = offset;
   f.parity = parity;
-  suspend();
-  f.waiting = nullptr;
+  suspend(kMemoryBarrier);
+  block->waiting[block->running_index] = nullptr;
 }
 
 int cluster_rank() { return static_cast<int>(block->index % block->cluster->blocks.size()); }
 void cluster_barrier() {
-  block->running->waiting = kClusterBarrier;
   ++block->cluster->at_barrier;
-  suspend();
+  suspend(kClusterBarrier);
 }
 uint32_t in_block(uint32_t offset, int rank) { return offset | static_cast<uint32_t>(rank) << kRankShift; }
 void store_later(uint32_t address, const void* bytes, uint32_t barrier) {
@@ -439,6 +446,7 @@ void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int 
       b.live = threads;
       b.barriers.clear();
       for (const auto& f : b.fibers) prepare_fiber(*f);
+      b.waiting.assign(threads, nullptr);
     }
     block = state.blocks[0].get();
     run_cluster(state, backward);
