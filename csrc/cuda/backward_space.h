@@ -6,23 +6,42 @@
 #include "../core/schedule.h"
 
 // What backward kernels have in common that work on blocks of keys and add up dQ of blocks of queries in global memory:
-// the workspace, and the order of the work.
+// the order of the work, and the workspace.
 
 namespace fae::cuda {
 
 // What fits into the second-level cache beside everything else.
 constexpr int64_t kCachedQueryBytes = int64_t{32} << 20;
 
-// Consecutive key blocks of a head run together and share the queries in the second-level cache. So many heads go
-// together that a key block's slot is free when its successors have begun, of `slots` that there are: those of as many
-// sequences where several lie one behind the other, but no more than have their queries, and dQ, in the cache.
+// What the order of the tasks follows from, beside the lengths of sequences. Each task is a block of keys of a head.
+struct TaskOrder {
+  int64_t heads = 0, sharing = 1;  // of all heads, so many neighbours take turns at the same keys
+  int64_t block_keys = 0;          // 0: there are no tasks in this order
+  int64_t slots = 0;               // for tasks that run at the same time
+  int64_t row_bytes = 0;           // of Q, dO and dQ
+
+  // Consecutive key blocks of a head run together and share the queries in the second-level cache. So many heads go
+  // together that a key block's slot is free when its successors have begun: those of as many sequences where several
+  // lie one behind the other, but no more than have their queries, and dQ, in the cache. Packed sequences are ordered
+  // as those of a batch where that has no more numbers without a task: then they are all about as long.
+  FAE_INLINE GridSchedule schedule(int64_t batch, int64_t longest_q, int64_t longest_k, const int32_t* cu_seqlens_k,
+                                   int64_t total_k) const {
+    GridSchedule result(batch, heads, longest_k, block_keys, nullptr, 0);
+    const GridSchedule packed(batch, heads, longest_k, block_keys, cu_seqlens_k, total_k);
+    if (result.tasks > packed.tasks) result = packed;
+    const int64_t sequences = result.packed.cu_seqlens && batch > 0 ? batch : 1;
+    const int64_t key_blocks = ceil_div(int64_t{result.blocks}, sequences);
+    int64_t together = ceil_div(slots, key_blocks > 0 ? key_blocks : 1);
+    if (result.packed.cu_seqlens)
+      together = clamp_length(together, kCachedQueryBytes / ((longest_q > 0 ? longest_q : 1) * row_bytes));
+    result.take_turns(sharing, together);
+    return result;
+  }
+};
+
 template <class T, class Config>
-int64_t heads_side_by_side(const BackwardProblem& p, const GridSchedule& schedule, int64_t slots) {
-  const int64_t key_blocks = ceil_div(int64_t{schedule.blocks}, p.cu_seqlens_k ? std::max<int64_t>(1, p.batch) : 1);
-  const int64_t heads = ceil_div(slots, std::max<int64_t>(1, key_blocks));
-  if (!p.cu_seqlens_k) return heads;
-  constexpr int64_t kRowBytes = Config::kDim * (2 * sizeof(T) + sizeof(float));  // of Q, dO and dQ
-  return std::min(heads, kCachedQueryBytes / (std::max<int64_t>(1, p.max_seqlen_q) * kRowBytes));
+TaskOrder task_order(int64_t heads, int64_t sharing, int64_t slots) {
+  return {heads, sharing, Config::kKeys, slots, Config::kDim * static_cast<int64_t>(2 * sizeof(T) + sizeof(float))};
 }
 
 struct BackwardSpace {
@@ -31,6 +50,7 @@ struct BackwardSpace {
   int* counters;  // the ticket (64 bits), then the visitors that are done with each query block, then others
   int64_t counter_count;
   int32_t *cu_seqlens_q, *cu_seqlens_k;
+  GridSchedule* packed_tasks;  // what a TaskOrder makes of the lengths, which only the device knows
   float* dq_partial;  // of every query block, unless one block has all keys: then dQ never leaves registers unfinished
   size_t bytes = 0;
 
@@ -51,6 +71,7 @@ struct BackwardSpace {
     counters = take<int>(counter_count);
     cu_seqlens_q = packed ? take<int32_t>(p.batch + 1) : nullptr;
     cu_seqlens_k = packed ? take<int32_t>(p.batch + 1) : nullptr;
+    packed_tasks = packed ? take<GridSchedule>(1) : nullptr;
     const bool alone = (packed ? p.total_k : p.max_seqlen_k) <= block_keys;
     dq_partial = take<float>(alone ? 0 : heads * query_blocks * partial_floats);
   }
@@ -69,6 +90,45 @@ struct BackwardSpace {
 
  private:
   void* base_;
+};
+
+// The tasks of a call, as a GridSchedule.
+class Tasks {
+  // Code for each of the two: instructions that could take either from a pointer make the loading warp of Hopper spill.
+  template <class F>
+  FAE_INLINE auto of_schedule(F&& f) const {
+    return packed_ ? f(*packed_) : f(dense_);
+  }
+
+ public:
+  // p, space: as prepare_backward has left them.
+  Tasks(const BackwardProblem& p, const TaskOrder& order, const BackwardSpace& space)
+      : dense_(p.batch, order.heads, p.max_seqlen_k, order.block_keys, p.cu_seqlens_k, p.total_k),
+        packed_(space.packed_tasks),
+        most_(dense_.size()) {
+    if (!packed_) dense_ = order.schedule(p.batch, p.max_seqlen_q, p.max_seqlen_k, nullptr, 0);
+  }
+  int64_t most() const { return most_; }  // that there can be, as far as the host knows
+
+  // On the device:
+  FAE_INLINE int64_t size() const {
+    return of_schedule([](const GridSchedule& schedule) { return schedule.size(); });
+  }
+  template <class Find>
+  FAE_INLINE Tile tile(uint32_t index, Find&& find) const {
+    return of_schedule([&](const GridSchedule& schedule) { return schedule.tile(index, find); });
+  }
+  FAE_INLINE Tile operator[](uint32_t index) const {
+    return of_schedule([&](const GridSchedule& schedule) { return schedule[index]; });
+  }
+  FAE_INLINE bool is_last_first(int64_t head) const {
+    return of_schedule([&](const GridSchedule& schedule) { return schedule.is_last_first(head); });
+  }
+
+ private:
+  GridSchedule dense_;
+  const GridSchedule* packed_;
+  int64_t most_;
 };
 
 }  // namespace fae::cuda

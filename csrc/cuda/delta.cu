@@ -13,6 +13,7 @@ struct Preparation {
   BackwardProblem p;  // with delta of the workspace, and cu_seqlens as they were given
   BackwardSpace space;
   RowStatistics statistics;
+  TaskOrder order;
 };
 
 constexpr int kThreads = 256;
@@ -25,9 +26,10 @@ __device__ __forceinline__ float sum_over_lanes(float x) {
   return x;
 }
 
-// Copies `count` starts, limited to [0, total] and to the largest before them. One warp.
-__device__ void copy_monotone(const int32_t* from, int64_t count, int64_t total, int32_t* to) {
-  int32_t largest = 0;
+// Copies `count` starts, limited to [0, total] and to the largest before them. Returns the most from one to the next.
+// One warp.
+__device__ int32_t copy_monotone(const int32_t* from, int64_t count, int64_t total, int32_t* to) {
+  int32_t largest = 0, longest = 0;
   for (int64_t i = lane_index(); i - lane_index() < count; i += kWarpThreads) {
     int32_t x = i < count ? static_cast<int32_t>(clamp_length(from[i], total)) : 0;
     x = max(x, largest);
@@ -37,8 +39,14 @@ __device__ void copy_monotone(const int32_t* from, int64_t count, int64_t total,
       if (lane_index() >= offset) x = max(x, before);
     }
     if (i < count) to[i] = x;
+    const int32_t last = __shfl_up_sync(0xffffffffu, x, 1);
+    if (i > 0 && i < count) longest = max(longest, x - (lane_index() == 0 ? largest : last));
     largest = __shfl_sync(0xffffffffu, x, kWarpThreads - 1);
   }
+#pragma unroll
+  for (int offset = kWarpThreads / 2; offset > 0; offset /= 2)
+    longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
+  return longest;
 }
 
 // A division of 64 bits takes longer than a row.
@@ -103,8 +111,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   for (int64_t i = thread; i < a.space.counter_count; i += threads) a.space.counters[i] = 0;
   const bool packed = p.cu_seqlens_q != nullptr;
   if (packed && blockIdx.x == 0 && warp_index() == 0) {
-    copy_monotone(p.cu_seqlens_q, p.batch + 1, p.total_q, a.space.cu_seqlens_q);
-    copy_monotone(p.cu_seqlens_k, p.batch + 1, p.total_k, a.space.cu_seqlens_k);
+    const int32_t longest_q = copy_monotone(p.cu_seqlens_q, p.batch + 1, p.total_q, a.space.cu_seqlens_q);
+    const int32_t longest_k = copy_monotone(p.cu_seqlens_k, p.batch + 1, p.total_k, a.space.cu_seqlens_k);
+    if (a.order.block_keys > 0 && lane_index() == 0)
+      *a.space.packed_tasks = a.order.schedule(p.batch, longest_q, longest_k, a.space.cu_seqlens_k, p.total_k);
   }
 
   // All rows of the tensors: of packed ones also those that no sequence has, whose delta nobody reads.
@@ -153,10 +163,10 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const __grid_constant_
 }  // namespace
 
 BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, RowStatistics statistics,
-                                 const Execution& execution) {
+                                 const TaskOrder& order, const Execution& execution) {
   BackwardProblem p = problem;
   p.delta = space.delta;
-  const Preparation preparation{p, space, statistics};
+  const Preparation preparation{p, space, statistics, order};
   const int64_t rows = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) * p.heads;
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};

@@ -20,9 +20,9 @@ struct RowStatistics {
 // - `statistics.rows`, where not null, gets 16 bytes a row, [head, row] as delta.
 // - The counters become zero.
 // - cu_seqlens, where given, are copied as what every reader can rely on: they begin at 0 or later, never decrease, and
-//   end within the tensors.
+//   end within the tensors. The tasks of these sequences are put into `order`.
 BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardSpace& space, RowStatistics statistics,
-                                 const Execution& execution);
+                                 const TaskOrder& order, const Execution& execution);
 
 // A sink is a key without a value: dsink = -sum over rows of P_sink * delta,  P_sink = exp(sink - lse).
 void compute_dsinks(const BackwardProblem& p, const Execution& execution);

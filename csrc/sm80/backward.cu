@@ -24,7 +24,7 @@ namespace {
 // One call: the problem and what the host has worked out about it.
 struct BackwardCall {
   BackwardProblem p;
-  GridSchedule key_blocks;    // (batch, KV head, block of keys)
+  cuda::Tasks tasks;          // (batch, KV head, block of keys)
   PackedBlocks query_blocks;  // packed tensors
   int query_blocks_per_head;
   unsigned long long* ticket;
@@ -364,11 +364,12 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
   if (threadIdx.x == 0) *ticket = atomicAdd(call.ticket, 1ull);
   __syncthreads();
   const auto number = static_cast<uint32_t>(*ticket);
-  const Tile tile = call.key_blocks[number];
+  if (number >= call.tasks.size()) return;
+  const Tile tile = call.tasks[number];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
   if constexpr (BackwardMemory<T, Config>::kBytes <= cuda::kMostSharedMemory)  // else it is not for this device
-    BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.key_blocks.is_last_first(tile.head), sequence).run();
+    BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.tasks.is_last_first(tile.head), sequence).run();
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -399,14 +400,14 @@ bool all_whole_vectors(const BackwardProblem& p) {
 template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const BackwardProblem p = cuda::prepare_backward(problem, space, {}, execution);
+  const cuda::TaskOrder order = cuda::task_order<T, Config>(problem.heads_kv, 1, kConcurrentWarps / Config::kWarps);
+  const BackwardProblem p = cuda::prepare_backward(problem, space, {}, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 
-  GridSchedule schedule(p.batch, p.heads_kv, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.take_turns(1, cuda::heads_side_by_side<T, Config>(p, schedule, kConcurrentWarps / Config::kWarps));
+  const cuda::Tasks tasks(p, order, space);
   const bool direct_dbias = p.dbias.data && !broadcasts(p, p.dbias);
   const BackwardCall call{p,
-                          schedule,
+                          tasks,
                           PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
                           static_cast<int>(space.query_blocks),
                           space.ticket(),
@@ -416,7 +417,7 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
-  const cuda::Grid grid{schedule.size(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
+  const cuda::Grid grid{tasks.most(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
   const auto launch = [&](auto kernel) { cuda::launch("sm80 backward", kernel, grid, execution.stream, call); };
   // Of float, one kernel takes tensors with and without whole vectors: one of its own for the first gains 1 % at most.
   if constexpr (!kGeneral && sizeof(T) == 2)

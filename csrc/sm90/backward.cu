@@ -460,14 +460,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
 template <class T, class Config, Terms kTerms>
-void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& space, const Execution& execution) {
+void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& space, const cuda::TaskOrder& order,
+                       const Execution& execution) {
   using Memory = BackwardMemory<T, Config>;
   const bool direct_dbias = space.writes_dbias(p);
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
-  GridSchedule schedule(p.batch, p.heads, p.max_seqlen_k, Config::kKeys, p.cu_seqlens_k, p.total_k);
-  schedule.take_turns(p.heads / p.heads_kv, cuda::heads_side_by_side<T, Config>(p, schedule, cuda::multiprocessors()));
-
+  const cuda::Tasks tasks(p, order, space);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   const TensorView statistics{space.statistics, 8 * p.delta.stride_batch, 8, 8 * p.delta.stride_head};
@@ -476,7 +475,7 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
   };
   const BackwardCall call{
       p,
-      schedule,
+      tasks,
       PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
       space.packed_key_blocks(p),
       static_cast<int>(space.query_blocks),
@@ -493,7 +492,7 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
       map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
       make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
-  const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
+  const int64_t blocks = std::min<int64_t>(tasks.most(), cuda::multiprocessors());
   const cuda::Grid grid{
       .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
   cuda::launch("sm90 backward", backward_kernel<T, Config, kTerms>, grid, execution.stream, call);
@@ -507,12 +506,15 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       .rows = space.statistics,
       .folded = kTerms != Terms::any,
       .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
-  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, execution);
+  cuda::TaskOrder order;
+  if constexpr (!Config::kSeparate)
+    order = cuda::task_order<T, Config>(problem.heads, problem.heads / problem.heads_kv, cuda::multiprocessors());
+  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
   if constexpr (Config::kSeparate)
     run_separate_kernels<T, FAE_HEAD_DIM>(p, space, execution);
   else
-    run_shared_kernel<T, Config, kTerms>(p, space, execution);
+    run_shared_kernel<T, Config, kTerms>(p, space, order, execution);
 }
 
 // lse / scale, which is added to products, has to be a float.

@@ -13,7 +13,7 @@ namespace fae::sm90 {
 // One call: the problem and what the host has worked out about it.
 struct BackwardCall {
   BackwardProblem p;
-  GridSchedule tasks;                     // (batch, query head or first of those that share keys, block of keys)
+  cuda::Tasks tasks;                      // (batch, query head or first of those that share keys, block of keys)
   PackedBlocks query_blocks, key_blocks;  // packed tensors
   int query_blocks_per_head, key_blocks_per_head;
   unsigned long long* ticket;  // of tasks taken
