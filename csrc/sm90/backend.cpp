@@ -23,6 +23,15 @@ auto with_head_dim(const Problem& p, F&& run) {
   return run(std::integral_constant<int, 256>{});
 }
 
+// The same with the call's type before it.
+template <class F>
+auto with_kernels(const Problem& p, F&& run) {
+  return with_head_dim(p, [&](auto dim) {
+    if (p.dtype == DType::bfloat16) return run(std::integral_constant<DType, DType::bfloat16>{}, dim);
+    return run(std::integral_constant<DType, DType::float16>{}, dim);
+  });
+}
+
 #if defined(FAE_EMULATOR)
 bool on_hopper() { return true; }
 #else
@@ -82,16 +91,16 @@ size_t forward_workspace(const Problem&, int) { return sizeof(int); }  // the co
 
 void forward(const Problem& p, const Execution& execution) {
   cuda::clear_other_rows(p, execution);
-  with_head_dim(p, [&](auto dim) { sm90::forward<dim()>(p, execution); });
+  with_kernels(p, [&](auto type, auto dim) { sm90::forward<type(), dim()>(p, execution); });
 }
 
 size_t backward_workspace(const BackwardProblem& p, int) {
-  return with_head_dim(p, [&](auto dim) { return sm90::backward_workspace<dim()>(p); });
+  return with_kernels(p, [&](auto type, auto dim) { return sm90::backward_workspace<type(), dim()>(p); });
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
   cuda::clear_other_gradients(p, execution);
-  with_head_dim(p, [&](auto dim) { sm90::backward<dim()>(p, execution); });
+  with_kernels(p, [&](auto type, auto dim) { sm90::backward<type(), dim()>(p, execution); });
 }
 
 }  // namespace

@@ -536,17 +536,14 @@ auto with_kernel_terms(const BackwardProblem& p, F&& f) {
 }  // namespace
 
 template <>
-size_t backward_workspace<FAE_HEAD_DIM>(const BackwardProblem& p) {
+size_t backward_workspace<DType::FAE_DTYPE, FAE_HEAD_DIM>(const BackwardProblem& p) {
   return with_kernel_terms(
       p, [&](auto terms) { return BackwardSpace<BackwardConfig<FAE_HEAD_DIM, terms()>>(p, nullptr).bytes; });
 }
 
 template <>
-void backward<FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
-  with_kernel_terms(p, [&](auto terms) {
-    p.dtype == DType::bfloat16 ? run_backward<__nv_bfloat16, terms()>(p, execution)
-                               : run_backward<__half, terms()>(p, execution);
-  });
+void backward<DType::FAE_DTYPE, FAE_HEAD_DIM>(const BackwardProblem& p, const Execution& execution) {
+  with_kernel_terms(p, [&](auto terms) { run_backward<ElementOf<DType::FAE_DTYPE>, terms()>(p, execution); });
 }
 
 }  // namespace fae::sm90

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <type_traits>
+
+#include "../core/problem.h"
 #include "../cuda/device.h"
 #include "../cuda/terms.h"
 
@@ -8,6 +11,9 @@
 namespace fae::sm90 {
 
 using cuda::Terms;
+
+template <DType kType>
+using ElementOf = std::conditional_t<kType == DType::bfloat16, __nv_bfloat16, __half>;
 
 constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
 

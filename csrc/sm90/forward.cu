@@ -475,13 +475,12 @@ void run_forward(const Problem& p, const Execution& execution) {
 }  // namespace
 
 template <>
-void forward<FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
+void forward<DType::FAE_DTYPE, FAE_HEAD_DIM>(const Problem& p, const Execution& execution) {
   cuda::with_terms(p, [&](auto terms) {
     // Compilers take a minute for each kernel of a large head dim, with which a bias or a mask is rare.
     constexpr bool kRare = FAE_HEAD_DIM > 128 && (terms() == Terms::bias || terms() == Terms::mask);
     constexpr Terms kTerms = kRare ? Terms::any : terms();
-    p.dtype == DType::bfloat16 ? run_forward<__nv_bfloat16, kTerms>(p, execution)
-                               : run_forward<__half, kTerms>(p, execution);
+    run_forward<ElementOf<DType::FAE_DTYPE>, kTerms>(p, execution);
   });
 }
 
