@@ -140,7 +140,8 @@ def attention_varlen(
         cu_seqlens_q: (batch + 1,) int32: sequence b holds rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]; starts with 0,
             never decreases, and ends at total_q or before.
         cu_seqlens_k: the same for k and v; None: the same as cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: hints, lengths that no sequence exceeds; GPUs order work by them. Never needed.
+        max_seqlen_q, max_seqlen_k: lengths that no sequence exceeds, a hint: without it, kernels made for short
+            sequences are not taken.
         bias, mask: the last two dimensions count rows and keys from the start of each sequence; they are 1 or at
             least as long as the longest sequence.
 
