@@ -21,7 +21,7 @@ PACKAGE = Path(flash_attn_ext.__file__).parent
 LIBRARY = PACKAGE / "libflash_attn_ext.so"
 CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
-MAX_COMPILE_SECONDS = 80.0  # less than 60, if the machine has nothing else to do
+MAX_COMPILE_SECONDS = 120.0  # twice what it takes on a machine of two cores that has nothing else to do
 # Instructions of a loop of hundreds or thousands.
 MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 1, {"sm80": 2, "sm90": 0}
 # The last template arguments of kernels for plain scores on aligned tensors.
