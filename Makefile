@@ -50,7 +50,7 @@ test-sanitize: install-test,demo,transformers
 	FAE_SANITIZE=1 FAE_CUDA=0 FAE_EMULATOR=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
 	preload=$$(for library in libasan.so libstdc++.so.6; do $${CXX:-c++} -print-file-name=$$library; done) && \
 	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  $(PYTHON) -m pytest -n auto --dist worksteal -c $(CURDIR)/pyproject.toml -m "not slow and not large" \
+	  $(PYTHON) -m pytest -n auto --dist worksteal -c $(CURDIR)/pyproject.toml -m "not slow" \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) --ignore $(CURDIR)/tests/test_build.py
 
 .PHONY: lint

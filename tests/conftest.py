@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "cpu: float64, which runs on the CPU only")
     config.addinivalue_line("markers", "one_kernel: compares bits of layouts, some of which sm90 leaves to sm80")
-    config.addinivalue_line("markers", "large: takes minutes on the emulator or under sanitizers; left out there")
+    config.addinivalue_line("markers", "large: takes the emulator minutes, and is left out there")
     config.addinivalue_line("markers", "ranges: about how large numbers become, for which float16 is emulated, too")
 
 

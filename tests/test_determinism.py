@@ -87,7 +87,7 @@ def test_batch_invariance(device: str, dtype: torch.dtype, case: Case, request: 
             assert torch.equal(together[name][b : b + 1], alone[name]), name
 
 
-UNEQUAL = (34, 400, 150)
+UNEQUAL = (34, 520, 190)
 EQUAL = (150, 150, 150)  # which GPUs take in another order
 
 

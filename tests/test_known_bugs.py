@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import EXP_ERROR, SANITIZED, Case, check
+from cases import EXP_ERROR, Case, check
 
 import flash_attn_ext
 from flash_attn_ext import reference
@@ -220,15 +220,11 @@ def test_garbage_from_one_row_with_grouped_heads(device: str, dtype: torch.dtype
     check(Case(batch=2, seqlen_q=1, seqlen_k=77, heads=8, heads_kv=2, head_dim=128, dtype=dtype), device)
 
 
-def test_dq_differs_between_runs(device: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_dq_differs_between_runs(device: str, dtype: torch.dtype) -> None:
     """FA#2244: deterministic=True, and dq differed between 30 runs."""
-    slow = SANITIZED or "emulated" in request.node.callspec.id  # where all runs go the same way
     q, k, v = (torch.randn(1, 300, 2, 64, dtype=dtype, device=device).requires_grad_() for _ in range(3))
-    first, *others = (
-        gradients(flash_attn_ext.attention(q, k, v, causal=True, deterministic=True), q)[0]
-        for _ in range(2 if slow else 30)
-    )
-    assert all(torch.equal(run, first) for run in others)
+    runs = [gradients(flash_attn_ext.attention(q, k, v, causal=True, deterministic=True), q)[0] for _ in range(30)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 def test_dout_read_before_it_was_written(device: str) -> None:
