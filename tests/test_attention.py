@@ -177,6 +177,35 @@ def test_single_term(device: str, dtype: torch.dtype, shape: Case, term: dict[st
     check(shape.but(dtype=dtype, heads=2, heads_kv=1, **term), device)
 
 
+@pytest.fixture
+def nothing_is_zero_by_chance():
+    """Fresh tensors hold NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nothing_is_zero_by_chance")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, seqlen_q=150, seqlen_k=264, heads=2, head_dim=64, bias="bhqk"),
+        Case(batch=2, seqlen_q=200, seqlen_k=392, heads=4, heads_kv=2, head_dim=128, bias="bhqk", window_right=0),
+        Case(lengths_q=(100, 0, 330), lengths_k=(136, 8, 296), head_dim=128, bias="bhqk", used_q=(90, 0, 201)),
+        Case(seqlen_q=140, seqlen_k=265, head_dim=64, bias="bhqk"),
+        Case(batch=2, seqlen_q=140, seqlen_k=134, head_dim=128, bias="1hqk", window_right=0),
+        Case(batch=2, seqlen_q=140, seqlen_k=200, head_dim=64, bias="bh1k"),
+        Case(batch=2, seqlen_q=140, seqlen_k=133, head_dim=128, bias="1h1k"),
+        Case(batch=2, seqlen_q=70, seqlen_k=136, head_dim=64, bias="bhq1"),
+        Case(batch=2, seqlen_q=70, seqlen_k=136, head_dim=192, bias="bhqk"),
+    ],
+    ids=str,
+)
+def test_bias(device: str, dtype: torch.dtype, case: Case) -> None:
+    """In rows that begin at multiples of 16 bytes and in others; the same for all batches, rows or keys, or not."""
+    check(case.but(dtype=dtype), device)
+
+
 @pytest.mark.ranges
 @pytest.mark.parametrize("bias_values", BIAS_VALUES)
 def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:

@@ -80,6 +80,11 @@ struct Problem {
   FAE_INLINE bool general_scores() const {
     return softcap != 0.0 || alibi_slopes || bias.data || mask.data || dropout_p > 0.0;
   }
+  // Whether rows may see fewer keys than there are.
+  FAE_INLINE bool hides_scores() const {
+    const bool windows = window_left != kUnlimited || window_right != kUnlimited;
+    return windows || cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k;
+  }
   // Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential,
   // since it leaves the order of scores and the -inf of masked ones as they are.
   FAE_INLINE bool plain_scores() const { return !general_scores() && static_cast<float>(softmax_scale) > 0; }

@@ -10,10 +10,10 @@ namespace fae::cuda {
 // `any`: every term, and every scale.
 enum class Terms { none, alibi, softcap, dropout, bias, mask, any };
 
-// Whether neighbours in a row of a matrix over the scores can be read, or written, as one word.
-FAE_INLINE bool has_pairs(const ScoreView& view, int64_t element_size) {
-  return view.stride_col == 1 && reinterpret_cast<uintptr_t>(view.data) % (2 * element_size) == 0 &&
-         (view.stride_batch | view.stride_head | view.stride_row) % 2 == 0;
+// Whether neighbours in a row of the mask can be read as one word.
+FAE_INLINE bool has_pairs(const ScoreView& mask) {
+  return mask.stride_col == 1 && reinterpret_cast<uintptr_t>(mask.data) % 2 == 0 &&
+         (mask.stride_batch | mask.stride_head | mask.stride_row) % 2 == 0;
 }
 
 FAE_INLINE Terms terms_of(const Problem& p) {
@@ -22,8 +22,8 @@ FAE_INLINE Terms terms_of(const Problem& p) {
   if (p.plain_scores()) return Terms::none;
   if (!(static_cast<float>(p.softmax_scale) > 0) || terms != 1) return Terms::any;
   if (p.alibi_slopes) return Terms::alibi;
-  if (has_bias) return p.bias.dtype == p.dtype && has_pairs(p.bias, 2) ? Terms::bias : Terms::any;
-  if (has_mask) return has_pairs(p.mask, 1) ? Terms::mask : Terms::any;
+  if (has_bias) return p.bias.dtype == p.dtype && p.bias.stride_col == 1 ? Terms::bias : Terms::any;
+  if (has_mask) return has_pairs(p.mask) ? Terms::mask : Terms::any;
   if (p.dropout_p > 0) return p.dropout_p < 1 ? Terms::dropout : Terms::any;
   return SoftcapSeries::holds(p) ? Terms::softcap : Terms::any;
 }

@@ -87,8 +87,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   Tensor dbias = g.bias_requires_grad ? new_empty_like(*in.bias) : new_empty(in.q, {0}, in.q.scalar_type());
   Tensor dsinks = in.sinks ? new_empty_like(*in.sinks) : new_empty(in.q, {0}, stats_type(in.q));
   const bool empty = g.out.numel() == 0;
-  // Zero, so that a backend may leave out tiles that the mask hides, and add up the others.
-  torch::stable::zero_(dbias);
   torch::stable::zero_(dsinks);
   const auto clear_keys = [&] {
     torch::stable::zero_(dk);
@@ -97,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   if (empty) {
     torch::stable::zero_(dq);
     clear_keys();
+    torch::stable::zero_(dbias);
     return {dq, dk, dv, dbias, dsinks};
   }
 
@@ -116,6 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   p.deterministic = g.deterministic;
   Runner runner(in.q);
   const Backend& backend = choose_backend(p, in.q.is_cuda());
+  // Backends may leave out what is hidden.
+  if (p.hides_scores()) torch::stable::zero_(dbias);
   if (has_other_rows_q(in) && !backend.writes_all_rows) torch::stable::zero_(dq);
   if (has_other_rows_k(in) && !backend.writes_all_rows) clear_keys();
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "../cuda/matrix_copy.h"
 #include "../cuda/other_rows.h"
 #include "kernels.h"
+#include "readable.h"
 
 #if !defined(FAE_EMULATOR)
 #include <cuda_runtime_api.h>
@@ -43,16 +46,6 @@ bool on_hopper() {
 }
 #endif
 
-// Whether the tensor memory accelerator can read a tensor: 16-byte aligned rows, in a place of their own each.
-bool readable(const TensorView& t, int64_t rows, int64_t heads, int64_t batch) {
-  constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements
-  const auto fits = [](int64_t extent, int64_t stride) {
-    return extent == 1 || (stride > 0 && stride < kMaxStride && stride % 8 == 0);
-  };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && fits(rows, t.stride_row) && fits(heads, t.stride_head) &&
-         fits(batch, t.stride_batch);
-}
-
 std::vector<std::string> declines(const Problem& p) {
   std::vector<std::string> reasons;
   if (!on_hopper()) reasons.push_back("it needs a GPU of compute capability 9.x");
@@ -87,20 +80,67 @@ std::string describe(const Problem& p, bool backward) {
   return std::string(backward ? "backward" : "forward") + " on wgmma, head dim tile " + tile;
 }
 
-size_t forward_workspace(const Problem&, int) { return sizeof(int); }  // the counter of tiles
+// A call of which kernels made for a bias can read it, and write its gradient: where those lie otherwise, with copies
+// of them in the first `bytes` of the workspace.
+template <class P>
+struct WithCopies {
+  P p;
+  int64_t bytes = 0;
+
+  WithCopies(const P& call, void* workspace) : p(call), workspace_(static_cast<char*>(workspace)) {
+    if (!has_bias_alone()) return;
+    place(p.bias);
+    if constexpr (std::is_same_v<P, BackwardProblem>)
+      if (p.dbias.data) place(p.dbias);
+  }
+  Execution rest(Execution execution) const {
+    execution.workspace = workspace_ + bytes;
+    return execution;
+  }
+
+ private:
+  bool has_bias_alone() const {
+    return p.bias.data && p.bias.dtype == p.dtype && p.bias.stride_col == 1 && !p.mask.data && !p.alibi_slopes &&
+           p.softcap == 0 && p.dropout_p == 0;
+  }
+  void place(ScoreView& m) {
+    if (readable(m)) return;
+    m = cuda::aligned_matrix(m, workspace_ + bytes);
+    bytes += round_up(cuda::aligned_bytes(m), 256);
+  }
+
+  char* const workspace_;
+};
+void* const kAnyWorkspace = reinterpret_cast<void*>(256);  // to find out what is needed
+
+void copy_where_placed(const ScoreView& to, const ScoreView& from, const Execution& execution) {
+  if (to.data != from.data) cuda::copy_matrix(to, from, execution);
+}
+
+size_t forward_workspace(const Problem& p, int) {
+  return static_cast<size_t>(WithCopies(p, kAnyWorkspace).bytes) + sizeof(int);  // the counter of tiles
+}
 
 void forward(const Problem& p, const Execution& execution) {
   cuda::clear_other_rows(p, execution);
-  with_kernels(p, [&](auto type, auto dim) { sm90::forward<type(), dim()>(p, execution); });
+  const WithCopies with(p, execution.workspace);
+  copy_where_placed(with.p.bias, p.bias, execution);
+  with_kernels(p, [&](auto type, auto dim) { sm90::forward<type(), dim()>(with.p, with.rest(execution)); });
 }
 
 size_t backward_workspace(const BackwardProblem& p, int) {
-  return with_kernels(p, [&](auto type, auto dim) { return sm90::backward_workspace<type(), dim()>(p); });
+  const WithCopies with(p, kAnyWorkspace);
+  return static_cast<size_t>(with.bytes) +
+         with_kernels(p, [&](auto type, auto dim) { return sm90::backward_workspace<type(), dim()>(with.p); });
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
   cuda::clear_other_gradients(p, execution);
-  with_kernels(p, [&](auto type, auto dim) { sm90::backward<type(), dim()>(p, execution); });
+  const WithCopies with(p, execution.workspace);
+  copy_where_placed(with.p.bias, p.bias, execution);
+  if (p.hides_scores()) copy_where_placed(with.p.dbias, p.dbias, execution);  // zeros
+  with_kernels(p, [&](auto type, auto dim) { sm90::backward<type(), dim()>(with.p, with.rest(execution)); });
+  copy_where_placed(p.dbias, with.p.dbias, execution);
 }
 
 }  // namespace

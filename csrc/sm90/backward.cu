@@ -8,7 +8,7 @@
 #include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
-#include "score_pairs.h"
+#include "mask_pairs.h"
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
@@ -43,7 +43,7 @@ class BackwardComputer {
   // What products bring with them.
   static constexpr bool kFoldsLse = kTerms != Terms::softcap && kTerms != Terms::any;
   static constexpr bool kFoldsDelta = kTerms != Terms::any;
-  static constexpr bool kHasPairs = kTerms == Terms::bias || kTerms == Terms::mask;
+  static constexpr bool kHasMask = kTerms == Terms::mask, kHasBias = kTerms == Terms::bias;
   static constexpr bool kPacksEarly = kTerms == Terms::softcap || kTerms == Terms::any;  // P
 
  public:
@@ -86,8 +86,6 @@ class BackwardComputer {
     Fragments p, ds;
     take_fragments(p, ds);
     store_ds(ds);
-    if (kTerms == Terms::bias && call_.direct_dbias)
-      write_dbias(call_, memory_, step_, warpgroup_ * kWarpgroupRows + warp_row_, ds);
     if constexpr (!kFirst) start_dq(step_ - 1);
     fence_registers(p);
     fence_registers(ds);
@@ -153,13 +151,14 @@ class BackwardComputer {
   // P while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
     if constexpr (kTerms == Terms::any) return finish_general_scores();
-    if constexpr (kHasPairs) load_pairs();
+    if constexpr (kHasMask) load_mask();
     constexpr bool kNeedsPlace = kTerms == Terms::alibi || kTerms == Terms::dropout;  // of every score
     const bool is_edge = !kNeedsPlace && read_struct<Step>(memory_.step(step_)).is_edge(warpgroup_);
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
-    if constexpr (kHasPairs) apply_pairs();
+    if constexpr (kHasMask) apply_mask();
+    if constexpr (kHasBias) add_bias();
     if (kNeedsPlace || is_edge) {
       const Step step = read_struct<Step>(memory_.step(step_));
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
@@ -184,22 +183,25 @@ class BackwardComputer {
     fence_registers(dprob_.transpose.x[0]);
   }
 
-  // Bias or mask of the step, while S is computed.
-  __device__ __forceinline__ void load_pairs() {
+  // The mask of the step, while S is computed.
+  __device__ __forceinline__ void load_mask() {
     const Step step = read_struct<Step>(memory_.step(step_));
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    pairs_.load(kTerms == Terms::bias ? p_.bias : p_.mask, keys.batch, step.head, keys.band, step.row_begin,
-                keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
+    mask_.load(p_.mask, keys.batch, step.head, keys.band, step.row_begin,
+               keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
   }
-  __device__ __forceinline__ void apply_pairs() {
-    pairs_.transpose();
+  __device__ __forceinline__ void apply_mask() {
+    mask_.transpose();
     scores_.for_each([&](int m, int half, int n, int e) {
-      float& x = scores_.at(m, half, n, e);
-      if constexpr (kTerms == Terms::bias)
-        x = fmaf(x, scale_log2_, cuda::as_float(pairs_.at(m, half, e)) * cuda::kLog2e);
-      else if (pairs_.at(m, half, e) == 0)
-        x = minus_infinity<float>();
+      if (mask_.hides(m, half, e)) scores_.at(m, half, n, e) = minus_infinity<float>();
     });
+  }
+  __device__ __forceinline__ void add_bias() {
+    for_each_transposed_element<Config::kRows / 16>(memory_.bias(stage()), warpgroup_ * kWarpgroupRows + warp_row_,
+                                                    p_.bias.size_row == 1, [&](int m, int half, int e, T bias) {
+                                                      float& x = scores_.at(m, half, 0, e);
+                                                      x = fmaf(x, scale_log2_, cuda::as_float(bias) * cuda::kLog2e);
+                                                    });
   }
 
   // P, which leaves at once, of capped scores; what dS needs of it takes their place.
@@ -428,7 +430,7 @@ class BackwardComputer {
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
   Fragments p_fragments_, ds_fragments_;
-  TransposedScorePairs<std::conditional_t<kTerms == Terms::mask, uint8_t, T>, Config::kRows / 8> pairs_;
+  TransposedMaskPairs<Config::kRows / 8> mask_;
   QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
@@ -439,6 +441,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   if (threadIdx.x < 64) init_selectors(memory.lse_selector(), static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.dout, &call.statistics}) prefetch(*map);
+    if (Config::kHasBias) prefetch(call.bias);
     memory.init_barriers();
   }
   __syncthreads();
@@ -449,6 +452,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 0) BackwardLoader<T, Config>(call, memory).run();
     if (warp == 1 && lane_index() == 0) wait_for_turns(call, memory);
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
+    if constexpr (Config::kHasBias)
+      if (warp == 3 && lane_index() == 0) store_dbias(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
     using Computer =
@@ -491,7 +496,9 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
       map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
       map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
-      make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8)};
+      make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8),
+      Config::kHasBias ? make_tensor_map(p.dtype, p.bias, Config::kRows) : TensorMap{},
+      Config::kHasBias && direct_dbias ? make_tensor_map(p.dtype, p.dbias, Config::kRows) : TensorMap{}};
   const int64_t blocks = std::min<int64_t>(tasks.most(), cuda::multiprocessors());
   const cuda::Grid grid{
       .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
@@ -524,9 +531,12 @@ constexpr double kSmallestScale = 1e-30;
 template <class F>
 auto with_kernel_terms(const BackwardProblem& p, F&& f) {
   using Any = std::integral_constant<Terms, Terms::any>;
-  if (p.softmax_scale < kSmallestScale || (p.dbias.data && !cuda::has_pairs(p.dbias, 2))) return f(Any{});
+  if (p.softmax_scale < kSmallestScale) return f(Any{});
   return cuda::with_terms(p, [&](auto terms) {
     if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide)
+      return f(Any{});
+    else if (BackwardConfig<FAE_HEAD_DIM, terms()>::kHasBias &&
+             !(readable(p.bias) && (!p.dbias.data || readable(p.dbias))))
       return f(Any{});
     else
       return f(terms);

@@ -24,7 +24,8 @@ struct BackwardCall {
   cuda::ScoreConstants constants;
   bool direct_dbias;  // dS is the gradient of a bias, element by element
   TensorMap q, k, v, dout;
-  TensorMap statistics;  // cuda/delta.h, RowStatistics
+  TensorMap statistics;   // cuda/delta.h, RowStatistics
+  TensorMap bias, dbias;  // dbias: where direct_dbias
 };
 
 // A task, a block of keys for one query head or all that share them, on its way from the loading warp to those that
@@ -62,6 +63,9 @@ struct BackwardMemory {
   using DS = std::conditional_t<Config::kWide, SharedTile<T, Config::kKeys, Config::kRows>,
                                 SharedTile<T, Config::kRows, Config::kKeys>>;
   static constexpr int kExchangedBytes = (Config::kWide ? 2 : 1) * DS::kBytes;
+  using Bias = SharedTile<T, Config::kRows, Config::kKeys>;
+  static constexpr int kBiasBytes = Config::kHasBias ? Bias::kBytes : 0;
+  static constexpr int kDoutBytes = Q::kBytes + kBiasBytes;  // of a stage: the bias comes, and goes, with dO
   using Buffers = NumberedBuffers<Config::kStages>;
   using QueryBuffers = NumberedBuffers<Config::kStagesQ>;  // of Q and the statistics
   static constexpr int kStepStages = 4;                    // a step is looked at once more during the next
@@ -78,7 +82,7 @@ struct BackwardMemory {
   static constexpr int kDoutBarriers = 6 + 2 * Config::kStagesQ, kTurns = kDoutBarriers + 4 * Config::kStages;
   static constexpr int kK = (kBarriers + 8 * (kTurns + 2 * kStepStages) + 1023) / 1024 * 1024;
   static constexpr int kV = kK + kKeysBytes, kQ = kV + kKeysBytes, kDout = kQ + Config::kStagesQ * Q::kBytes;
-  static constexpr int kDS = kDout + Config::kStages * Q::kBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
+  static constexpr int kDS = kDout + Config::kStages * kDoutBytes, kBytes = kDS + Config::kStages * kExchangedBytes;
   static_assert(kBytes <= 227 * 1024);
   static_assert(kStatistics % 128 == 0 && kSelectors % 128 == 0);
 
@@ -91,7 +95,8 @@ struct BackwardMemory {
   __device__ K k(int piece) const { return {base + kK + piece * K::kBytes}; }
   __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
-  __device__ Q dout(int stage) const { return {base + kDout + stage * Q::kBytes}; }
+  __device__ Q dout(int stage) const { return {base + kDout + stage * kDoutBytes}; }
+  __device__ Bias bias(int stage) const { return {dout(stage).base + Q::kBytes}; }
   __device__ DS ds(int stage) const { return {base + kDS + stage * kExchangedBytes}; }
   __device__ DS p(int stage) const { return {ds(stage).base + DS::kBytes}; }
   __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
@@ -125,18 +130,19 @@ struct BackwardMemory {
   }
 
   __device__ void init_barriers() const {
-    constexpr int kWarps = 4 * Config::kWarpgroups;
+    constexpr int kWarps = 4 * Config::kWarpgroups, kStores = Config::kHasBias ? 1 : 0;  // of dbias
     for (const uint32_t one : {k_full(), v_full(), keys_tail_full(), rows_tail_full()}) init_barrier(one, 1);
-    for (const uint32_t all : {k_empty(), v_empty()}) init_barrier(all, kWarps);
+    init_barrier(k_empty(), kWarps + kStores);
+    init_barrier(v_empty(), kWarps);
     for (int stage = 0; stage < Config::kStagesQ; ++stage) {
       init_barrier(q_full(stage), 1);
-      init_barrier(q_empty(stage), kWarps + 2);
+      init_barrier(q_empty(stage), kWarps + 2 + kStores);
     }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       init_barrier(dout_full(stage), 1);
       init_barrier(dout_empty(stage), kWarps);
       init_barrier(ds_full(stage), kWarps);
-      init_barrier(ds_empty(stage), kWarps);
+      init_barrier(ds_empty(stage), kWarps + kStores);
     }
     for (int i = 0; i < kStepStages; ++i) {
       init_barrier(turn(i), 1);

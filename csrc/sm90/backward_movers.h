@@ -152,7 +152,7 @@ class BackwardLoader {
     ++v_block_;
   }
 
-  // Q, dO and the statistics of a step, and behind the first step's a block's keys.
+  // Q, dO, the statistics and the bias of a step, and behind the first step's Q and dO a block's keys.
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
     const int row = keys.q_start + step.row_begin;
@@ -164,14 +164,17 @@ class BackwardLoader {
     if (first_) {
       write_struct(memory_.step(step_), step);
       constexpr int kBytes = Memory::Q::kBytes + Memory::kStatisticsBytes;
-      arrive_expecting(q_barrier, tail ? kBytes + Memory::Q::kBytes : kBytes);
+      arrive_expecting(q_barrier, tail ? kBytes + Memory::kDoutBytes : kBytes);
       load_box(memory_.statistics(q_stage), call_.statistics, 0, row, step.head, batch, q_barrier);
       load_tile(memory_.q(q_stage), call_.q, row, step.head, batch, q_barrier);
     }
     wait(memory_.dout_empty(stage), Buffers::parity(step_) ^ 1);
     if (first_) {
-      if (!tail) arrive_expecting(dout_barrier, Memory::Q::kBytes);
+      if (!tail) arrive_expecting(dout_barrier, Memory::kDoutBytes);
       load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
+      if constexpr (Config::kHasBias)
+        load_matrix_tile(memory_.bias(stage), call_.bias, p_.bias, step.row_begin, keys.key_begin, step.head,
+                         keys.batch, dout_barrier);
     }
     if (with_keys) {
       if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
@@ -200,6 +203,37 @@ class BackwardLoader {
   unsigned step_ = 0, block_ = 0, v_block_ = 0;
   uint32_t keys_tail_parity_ = 0, rows_tail_parity_ = 0;
 };
+
+// Where dS is the gradient of the bias, stores it as it lies in shared memory for dQ. One thread. What follows a
+// sequence's end is zero: those rows of dO and delta are, and those keys have been hidden.
+template <class T, class Config>
+__device__ void store_dbias(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
+  using Memory = BackwardMemory<T, Config>;
+  using Buffers = typename Memory::Buffers;
+  unsigned number = 0;
+#pragma unroll 1
+  for (unsigned block = 0;; ++block) {
+    wait(memory.k_full(), block % 2);
+    const KeyBlock keys = read_struct_alone<KeyBlock>(memory.key_block());
+    if (keys.batch < 0) break;
+#pragma unroll 1
+    for (int left = keys.steps; left > 0; --left, ++number) {
+      const int stage = Buffers::stage(number);
+      wait(memory.ds_full(stage), Buffers::parity(number));
+      const Step step = read_struct_alone<Step>(memory.step(number));
+      if (call.direct_dbias) {
+        store_matrix_tile(memory.ds(stage), call.dbias, call.p.dbias, step.row_begin, keys.key_begin, step.head,
+                          keys.batch);
+        commit_stores();
+        wait_stores_read<0>();
+      }
+      arrive(memory.ds_empty(stage));
+      arrive(memory.q_empty(Memory::QueryBuffers::stage(number)));
+    }
+    arrive(memory.k_empty());
+  }
+  wait_stores<0>();
+}
 
 // dQ of a query block belongs to one visitor after the other. Two threads keep the order, one that waits for this
 // thread block's turns and one that passes them on: the release of one takes as long as half a step, and must not hold

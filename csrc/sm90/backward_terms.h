@@ -106,30 +106,4 @@ __device__ __forceinline__ void write_dbias(const BackwardCall& call, const Back
   });
 }
 
-// The same from what products take of dS, a whole step's for 16 keys, where the gradient has pairs (cuda::has_pairs).
-template <class T, class Config, int N>
-__device__ __forceinline__ void write_dbias(const BackwardCall& call, const BackwardMemory<T, Config>& memory,
-                                            unsigned number, int key, const uint32_t (&ds)[N][4]) {
-  const Step step = read_struct<Step>(memory.step(number));
-  const KeyBlock keys = read_struct<KeyBlock>(memory.key_block());
-  const ScoreView& view = call.p.dbias;
-  const int lane = opaque(lane_index()), row = step.row_begin + lane / 4, col = keys.key_begin + key + lane % 4 * 2;
-  const int rows = cuda::extent_of(keys.band.seqlen_q, view.size_row) - row;
-  const int cols = cuda::extent_of(keys.band.seqlen_k, view.size_col) - col;
-  T* const first = static_cast<T*>(view.data) + score_offset(view, keys.batch, step.head, row, col);
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = transpose_matrix(ds[k][i]);
-      const int more_rows = 8 * (2 * k + i / 2), more_cols = 8 * (i % 2);
-      T* const p = first + more_rows * view.stride_row + more_cols;
-      if (more_rows >= rows || more_cols >= cols) continue;
-      if (more_cols + 1 < cols)
-        *reinterpret_cast<uint32_t*>(p) = pair;
-      else
-        *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(pair);
-    }
-}
-
 }  // namespace fae::sm90

@@ -198,9 +198,7 @@ class BiasLoader {
   __device__ void load_bias(const BiasTask& task) {
     bias_.wait_empty();
     arrive_expecting(bias_.full(), Memory::Bias::kBytes);
-    for (int block = 0; block < Memory::Bias::kBlocks; ++block)
-      load_box(memory_.bias().address(0, block * kBoxCols), call_.bias, task.key + block * kBoxCols, task.row,
-               task.head, task.batch, bias_.full());
+    load_matrix_tile(memory_.bias(), call_.bias, call_.p.bias, task.row, task.key, task.head, task.batch, bias_.full());
     bias_.advance();
   }
 
@@ -314,26 +312,12 @@ class BiasComputer {
     }
   }
 
-  // Products become the logarithms of probabilities. ldmatrix finds the bias as an accumulator has it.
+  // Products become the logarithms of probabilities.
   __device__ __forceinline__ void add_bias(const float (&lse_log2)[2]) {
-    using Bias = typename Memory::Bias;
-    const int lane = opaque(lane_index());
-    const uint32_t first = memory_.bias().address(warp_row_ + lane % 16, 0) ^ lane / 16 * 16;
-#pragma unroll
-    for (int pair = 0; pair < N / 2; ++pair) {
-      uint32_t words[4];
-      sm80::load_matrices((first ^ (pair % 4 * 32)) + pair / 4 * Bias::kRows * cuda::kSwizzleBytes, words);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T bias[2];
-        memcpy(static_cast<void*>(bias), &words[i], sizeof(bias));
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = prob_.at(0, i % 2, 2 * pair + i / 2, e);
-          x = fmaf(x, scale_log2_, fmaf(cuda::as_float(bias[e]), cuda::kLog2e, -lse_log2[i % 2]));
-        }
-      }
-    }
+    for_each_element(memory_.bias(), warp_row_, false, [&](int m, int half, int n, int e, T bias) {
+      float& x = prob_.at(m, half, n, e);
+      x = fmaf(x, scale_log2_, fmaf(cuda::as_float(bias), cuda::kLog2e, -lse_log2[half]));
+    });
   }
 
   // -inf where a row does not see a key.
@@ -404,13 +388,9 @@ using Config = BiasGradientConfig<FAE_HEAD_DIM>;
 // A bias alone that batches or heads share, of tensors that fill their sequences, in rows that the tensor memory
 // accelerator can read. The rest is sm80's.
 bool takes(const BackwardProblem& p) {
-  const auto vectors = [](const ScoreView& view) {
-    return view.stride_col == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-           (view.stride_batch | view.stride_head | view.stride_row) % 8 == 0;
-  };
   const bool whole = p.dbias.size_row == p.max_seqlen_q && p.dbias.size_col == p.max_seqlen_k;
   const bool dense = !p.cu_seqlens_q && !p.cu_seqlens_k && !p.seqused_q && !p.seqused_k;
-  return cuda::terms_of(p) == Terms::bias && whole && dense && vectors(p.bias) && vectors(p.dbias);
+  return cuda::terms_of(p) == Terms::bias && whole && dense && readable(p.bias) && readable(p.dbias);
 }
 
 // The workspace: the counter, then shares.
@@ -430,7 +410,6 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
   const auto map = [&](const TensorView& view, int64_t cols, int64_t rows, int64_t heads, int box_rows) {
     return make_tensor_map(p.dtype, view, {cols, rows, heads, p.batch}, box_rows);
   };
-  const ScoreView& bias = p.bias;
   const BiasCall<Config> call{
       p,
       tasks,
@@ -441,8 +420,7 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
       map(p.k, p.head_dim, p.max_seqlen_k, p.heads_kv, Config::kKeys),
       map(p.v, p.head_dim_v, p.max_seqlen_k, p.heads_kv, Config::kKeys),
       map(p.dout, p.head_dim_v, p.max_seqlen_q, p.heads, kWarpgroupRows),
-      make_tensor_map(p.dtype, {bias.data, bias.stride_batch, bias.stride_row, bias.stride_head},
-                      {bias.size_col, bias.size_row, bias.size_head, bias.size_batch}, Config::kRows)};
+      make_tensor_map(p.dtype, p.bias, Config::kRows)};
   cuda::launch("sm90 bias gradient", bias_gradient_kernel<T, Config>,
                cuda::Grid{blocks, Config::kThreads, BiasMemory<T, Config>::kBytes}, stream, call);
   if (!call.shares) return;

@@ -23,6 +23,7 @@ template <int kWarpgroups_, int kKeys_, int kDim_, int kDimV_, int kStagesQ_, in
 struct ForwardTile {
   static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
+  static constexpr int kStagesBias = 0;  // of a warpgroup's rows of a bias
   // A tile has rows of one head, or the same rows of several heads.
   static constexpr int kHeads = 1, kHeadWarpgroups = kWarpgroups;
   static constexpr int kRows = kHeadWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -55,6 +56,14 @@ template <Terms kTerms>
 struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
 template <>
 struct ForwardConfig<128, Terms::any> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
+template <>
+struct ForwardConfig<64, Terms::bias> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {
+  static constexpr int kStagesBias = 4;
+};
+template <>
+struct ForwardConfig<128, Terms::bias> : ForwardTile<2, 128, 128, 128, 2, 2, 2> {
+  static constexpr int kStagesBias = 1;
+};
 // More keys a block were measured to be slower, for shorter sequences by far.
 template <Terms kTerms>
 struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
@@ -90,7 +99,7 @@ struct BackwardBlock {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kKeyPieces = kKeys / kWarpgroupRows, kDim = kDim_;
   static constexpr int kStages = 2, kStagesQ = 2;  // of dO, and of the dS of query blocks; of Q, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
-  static constexpr bool kSeparate = false;
+  static constexpr bool kSeparate = false, kHasBias = false;
 
   // Rows up to which one task walks through all query heads that share its keys, instead of a task for each of them:
   // those would wait for each other longer than they save. H200, causal, TFLOP/s with one and with several tasks:
@@ -130,10 +139,18 @@ struct SeparateBackward : BackwardBlock<64, 2 * kWarpgroupRows, kDim> {
   static constexpr bool kWide = false, kSeparate = true;
 };
 
+// With the bias of every step.
+template <int kDim>
+struct BackwardBiasTile : BackwardTile<64, kDim> {
+  static constexpr bool kHasBias = true;
+};
+
 template <int kHeadDim, Terms kTerms>
 struct BackwardConfig;
 template <Terms kTerms>
 struct BackwardConfig<64, kTerms> : BackwardTile<64, 64> {};
+template <>
+struct BackwardConfig<64, Terms::bias> : BackwardBiasTile<64> {};
 template <>
 struct BackwardConfig<64, Terms::none> : BackwardTile<128, 64> {};
 template <Terms kTerms>
@@ -143,7 +160,7 @@ struct BackwardConfig<128, Terms::softcap> : BackwardTile<64, 128> {};
 template <>
 struct BackwardConfig<128, Terms::dropout> : BackwardTile<64, 128> {};
 template <>
-struct BackwardConfig<128, Terms::bias> : BackwardTile<64, 128> {};
+struct BackwardConfig<128, Terms::bias> : BackwardBiasTile<128> {};
 template <>
 struct BackwardConfig<128, Terms::mask> : BackwardTile<64, 128> {};
 template <>

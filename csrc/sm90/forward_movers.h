@@ -243,6 +243,35 @@ __device__ __forceinline__ bool stored_whole(const Work& work, int warpgroup) {
   return row_begin_of<Config>(work, warpgroup) + kWarpgroupRows <= work.band.seqlen_q;
 }
 
+// Loads the bias of every tile: for each warpgroup, of the blocks that its rows see.
+template <class T, class Config>
+__device__ void load_bias(const ForwardCall& call, const ForwardMemory<T, Config>& memory) {
+  using Memory = ForwardMemory<T, Config>;
+  typename Memory::RingQ q = memory.ring_q();
+  unsigned loaded[Config::kWarpgroups] = {};
+#pragma unroll 1
+  for (unsigned tile = 0;; ++tile, q.advance()) {
+    q.wait_full();
+    const Work work = memory.read_work(tile);
+    if (work.batch < 0) return;
+    const KeyBlocks<int> blocks = memory.read_blocks(tile, Config::kWarpgroups);
+#pragma unroll 1
+    for (int block = blocks.end - 1; block >= blocks.begin; --block)
+#pragma unroll
+      for (int w = 0; w < Config::kWarpgroups; ++w) {
+        const KeyBlocks<int> seen = memory.read_blocks(tile, w);
+        if (block < seen.begin || block >= seen.end) continue;
+        const auto ring = memory.ring_bias(w, loaded[w]++);
+        ring.wait_empty();
+        if (lane_index() != 0) continue;
+        arrive_expecting(ring.full(), Memory::Bias::kBytes);
+        load_matrix_tile(memory.bias(ring.stage(), w), call.bias, call.p.bias, row_begin_of<Config>(work, w),
+                         block * Config::kKeys, work.head, work.batch, ring.full());
+      }
+    release(q.empty());  // the next tile may take the place of what has been read
+  }
+}
+
 // Stores O of every tile.
 template <class T, class Config>
 __device__ void store_tiles(const ForwardCall& call, const ForwardMemory<T, Config>& memory) {

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../core/problem.h"
 #include "ptx.h"
+#include "readable.h"
 
 // Descriptions of tensors for the tensor memory accelerator.
 
@@ -69,5 +69,9 @@ inline TensorMap make_tensor_map(DType, const TensorView& view, const TensorExte
 }
 
 #endif
+
+inline TensorMap make_tensor_map(DType dtype, const ScoreView& m, int box_rows) {
+  return make_tensor_map(dtype, tensor_of(m), {m.size_col, m.size_row, m.size_head, m.size_batch}, box_rows);
+}
 
 }  // namespace fae::sm90
