@@ -206,6 +206,25 @@ def test_bias(device: str, dtype: torch.dtype, case: Case) -> None:
     check(case.but(dtype=dtype), device)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, seqlen_q=150, seqlen_k=272, heads=2, head_dim=64, mask="b1qk"),
+        Case(batch=2, seqlen_q=200, seqlen_k=400, heads=4, heads_kv=2, head_dim=128, mask="bhqk", window_right=0),
+        Case(lengths_q=(100, 0, 330), lengths_k=(144, 16, 304), head_dim=128, mask="1hqk", used_q=(90, 0, 201)),
+        Case(batch=2, seqlen_q=140, seqlen_k=265, head_dim=64, mask="11qk"),
+        Case(batch=2, seqlen_q=140, seqlen_k=208, head_dim=64, mask="b11k"),
+        Case(batch=2, seqlen_q=140, seqlen_k=133, head_dim=128, mask="b11k"),
+        Case(batch=2, seqlen_q=140, seqlen_k=144, head_dim=128, mask="1hqk", mask_density=0.05),
+        Case(batch=2, seqlen_q=70, seqlen_k=144, head_dim=64, mask="bhq1"),
+    ],
+    ids=str,
+)
+def test_mask(device: str, dtype: torch.dtype, case: Case) -> None:
+    """The same of masks, whose rows have half as many bytes."""
+    check(case.but(dtype=dtype), device)
+
+
 @pytest.mark.ranges
 @pytest.mark.parametrize("bias_values", BIAS_VALUES)
 def test_bias_values(device: str, dtype: torch.dtype, bias_values: str) -> None:

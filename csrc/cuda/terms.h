@@ -10,12 +10,6 @@ namespace fae::cuda {
 // `any`: every term, and every scale.
 enum class Terms { none, alibi, softcap, dropout, bias, mask, any };
 
-// Whether neighbours in a row of the mask can be read as one word.
-FAE_INLINE bool has_pairs(const ScoreView& mask) {
-  return mask.stride_col == 1 && reinterpret_cast<uintptr_t>(mask.data) % 2 == 0 &&
-         (mask.stride_batch | mask.stride_head | mask.stride_row) % 2 == 0;
-}
-
 FAE_INLINE Terms terms_of(const Problem& p) {
   const bool has_bias = p.bias.data != nullptr, has_mask = p.mask.data != nullptr;
   const int terms = (p.softcap != 0) + (p.alibi_slopes != nullptr) + (p.dropout_p > 0) + has_bias + has_mask;
@@ -23,7 +17,7 @@ FAE_INLINE Terms terms_of(const Problem& p) {
   if (!(static_cast<float>(p.softmax_scale) > 0) || terms != 1) return Terms::any;
   if (p.alibi_slopes) return Terms::alibi;
   if (has_bias) return p.bias.dtype == p.dtype && p.bias.stride_col == 1 ? Terms::bias : Terms::any;
-  if (has_mask) return has_pairs(p.mask) ? Terms::mask : Terms::any;
+  if (has_mask) return p.mask.stride_col == 1 ? Terms::mask : Terms::any;
   if (p.dropout_p > 0) return p.dropout_p < 1 ? Terms::dropout : Terms::any;
   return SoftcapSeries::holds(p) ? Terms::softcap : Terms::any;
 }

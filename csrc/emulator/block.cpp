@@ -173,7 +173,7 @@ template <class F>
 void for_each_chunk(const BoxCopy& copy, F&& f) {
   const TensorMap& map = copy.map;
   const int row_bytes = map.box_cols * map.element_size;
-  const bool swizzled = row_bytes == 128;
+  const uint32_t swizzle = row_bytes == 128 ? 7 : row_bytes == 64 ? 3 : 0;
   if (copy.shared_offset % 128 != 0 || row_bytes > 128) fail("a box that the swizzle does not fit");
   for (int row = 0; row < map.box_rows; ++row)
     for (int byte = 0; byte < row_bytes; byte += 16) {
@@ -185,7 +185,7 @@ void for_each_chunk(const BoxCopy& copy, F&& f) {
         if (position[d] < 0 || position[d] >= map.extents[d]) global = nullptr;
       }
       const uint32_t plain = copy.shared_offset + static_cast<uint32_t>(row * row_bytes + byte);
-      f(shared_bytes(swizzled ? plain ^ (plain >> 7 & 7) << 4 : plain, 16), global);
+      f(shared_bytes(plain ^ (plain >> 7 & swizzle) << 4, 16), global);
     }
 }
 

@@ -81,6 +81,14 @@ void store_matrices_as(const char* name, uint32_t address, const uint32_t (&x)[4
       },
       &in, nullptr);
 }
+inline uint32_t load_shared_2_bytes(uint32_t address) {
+  uint16_t x;
+  std::memcpy(&x, emulator::shared_bytes(address, 2), 2);
+  return x;
+}
+inline uint32_t load_shared_byte(uint32_t address) {
+  return static_cast<unsigned char>(*emulator::shared_bytes(address, 1));
+}
 inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
   store_matrices_as<false>("stmatrix", address, x);
 }

@@ -80,18 +80,28 @@ std::string describe(const Problem& p, bool backward) {
   return std::string(backward ? "backward" : "forward") + " on wgmma, head dim tile " + tile;
 }
 
-// A call of which kernels made for a bias can read it, and write its gradient: where those lie otherwise, with copies
-// of them in the first `bytes` of the workspace.
+// A call of which kernels made for a bias or a mask can read that, and write the gradient: where it lies otherwise,
+// with copies in the first `bytes` of the workspace.
 template <class P>
 struct WithCopies {
   P p;
   int64_t bytes = 0;
 
   WithCopies(const P& call, void* workspace) : p(call), workspace_(static_cast<char*>(workspace)) {
-    if (!has_bias_alone()) return;
-    place(p.bias);
+    const bool other_terms = p.alibi_slopes || p.softcap != 0 || p.dropout_p > 0;
+    if (other_terms || (p.bias.data && p.mask.data)) return;
+    if (p.mask.data) place(p.mask, kMaskBytes);
+    if (!p.bias.data || p.bias.dtype != p.dtype) return;
+    place(p.bias, kBiasBytes);
     if constexpr (std::is_same_v<P, BackwardProblem>)
-      if (p.dbias.data) place(p.dbias);
+      if (p.dbias.data) place(p.dbias, kBiasBytes);
+  }
+  void copy_inputs(const P& call, const Execution& execution) const {
+    copy(p.mask, call.mask, kMaskBytes, execution);
+    copy(p.bias, call.bias, kBiasBytes, execution);
+  }
+  static void copy_gradient(const BackwardProblem& to, const BackwardProblem& from, const Execution& execution) {
+    copy(to.dbias, from.dbias, kBiasBytes, execution);
   }
   Execution rest(Execution execution) const {
     execution.workspace = workspace_ + bytes;
@@ -99,23 +109,20 @@ struct WithCopies {
   }
 
  private:
-  bool has_bias_alone() const {
-    return p.bias.data && p.bias.dtype == p.dtype && p.bias.stride_col == 1 && !p.mask.data && !p.alibi_slopes &&
-           p.softcap == 0 && p.dropout_p == 0;
+  static constexpr int64_t kMaskBytes = 1, kBiasBytes = 2;  // of an element
+
+  void place(ScoreView& m, int64_t element_size) {
+    if (m.stride_col != 1 || readable(m, element_size)) return;
+    m = cuda::aligned_matrix(m, element_size, workspace_ + bytes);
+    bytes += round_up(cuda::aligned_bytes(m, element_size), 256);
   }
-  void place(ScoreView& m) {
-    if (readable(m)) return;
-    m = cuda::aligned_matrix(m, workspace_ + bytes);
-    bytes += round_up(cuda::aligned_bytes(m), 256);
+  static void copy(const ScoreView& to, const ScoreView& from, int64_t element_size, const Execution& execution) {
+    if (to.data != from.data) cuda::copy_matrix(to, from, element_size, execution);
   }
 
   char* const workspace_;
 };
 void* const kAnyWorkspace = reinterpret_cast<void*>(256);  // to find out what is needed
-
-void copy_where_placed(const ScoreView& to, const ScoreView& from, const Execution& execution) {
-  if (to.data != from.data) cuda::copy_matrix(to, from, execution);
-}
 
 size_t forward_workspace(const Problem& p, int) {
   return static_cast<size_t>(WithCopies(p, kAnyWorkspace).bytes) + sizeof(int);  // the counter of tiles
@@ -124,7 +131,7 @@ size_t forward_workspace(const Problem& p, int) {
 void forward(const Problem& p, const Execution& execution) {
   cuda::clear_other_rows(p, execution);
   const WithCopies with(p, execution.workspace);
-  copy_where_placed(with.p.bias, p.bias, execution);
+  with.copy_inputs(p, execution);
   with_kernels(p, [&](auto type, auto dim) { sm90::forward<type(), dim()>(with.p, with.rest(execution)); });
 }
 
@@ -137,10 +144,10 @@ size_t backward_workspace(const BackwardProblem& p, int) {
 void backward(const BackwardProblem& p, const Execution& execution) {
   cuda::clear_other_gradients(p, execution);
   const WithCopies with(p, execution.workspace);
-  copy_where_placed(with.p.bias, p.bias, execution);
-  if (p.hides_scores()) copy_where_placed(with.p.dbias, p.dbias, execution);  // zeros
+  with.copy_inputs(p, execution);
+  if (p.hides_scores()) with.copy_gradient(with.p, p, execution);  // zeros
   with_kernels(p, [&](auto type, auto dim) { sm90::backward<type(), dim()>(with.p, with.rest(execution)); });
-  copy_where_placed(p.dbias, with.p.dbias, execution);
+  with.copy_gradient(p, with.p, execution);
 }
 
 }  // namespace

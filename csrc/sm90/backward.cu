@@ -8,7 +8,6 @@
 #include "backward_terms.h"
 #include "backward_wide.h"
 #include "kernels.h"
-#include "mask_pairs.h"
 
 // Backward attention by recomputation (FlashAttention-2, arXiv 2307.08691, algorithm 2) with wgmma:
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = dS K,  dK = dS^T Q.
@@ -43,7 +42,6 @@ class BackwardComputer {
   // What products bring with them.
   static constexpr bool kFoldsLse = kTerms != Terms::softcap && kTerms != Terms::any;
   static constexpr bool kFoldsDelta = kTerms != Terms::any;
-  static constexpr bool kHasMask = kTerms == Terms::mask, kHasBias = kTerms == Terms::bias;
   static constexpr bool kPacksEarly = kTerms == Terms::softcap || kTerms == Terms::any;  // P
 
  public:
@@ -151,14 +149,12 @@ class BackwardComputer {
   // P while dP is computed, and the end of that.
   __device__ __forceinline__ void finish_scores() {
     if constexpr (kTerms == Terms::any) return finish_general_scores();
-    if constexpr (kHasMask) load_mask();
     constexpr bool kNeedsPlace = kTerms == Terms::alibi || kTerms == Terms::dropout;  // of every score
     const bool is_edge = !kNeedsPlace && read_struct<Step>(memory_.step(step_)).is_edge(warpgroup_);
     wait_products<1>();
     fence_registers(scores_.transpose.x[0]);
     if constexpr (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
-    if constexpr (kHasMask) apply_mask();
-    if constexpr (kHasBias) add_bias();
+    apply_overlay();
     if (kNeedsPlace || is_edge) {
       const Step step = read_struct<Step>(memory_.step(step_));
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
@@ -183,25 +179,18 @@ class BackwardComputer {
     fence_registers(dprob_.transpose.x[0]);
   }
 
-  // The mask of the step, while S is computed.
-  __device__ __forceinline__ void load_mask() {
-    const Step step = read_struct<Step>(memory_.step(step_));
-    const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    mask_.load(p_.mask, keys.batch, step.head, keys.band, step.row_begin,
-               keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_);
-  }
-  __device__ __forceinline__ void apply_mask() {
-    mask_.transpose();
-    scores_.for_each([&](int m, int half, int n, int e) {
-      if (mask_.hides(m, half, e)) scores_.at(m, half, n, e) = minus_infinity<float>();
-    });
-  }
-  __device__ __forceinline__ void add_bias() {
-    for_each_transposed_element<Config::kRows / 16>(memory_.bias(stage()), warpgroup_ * kWarpgroupRows + warp_row_,
-                                                    p_.bias.size_row == 1, [&](int m, int half, int e, T bias) {
-                                                      float& x = scores_.at(m, half, 0, e);
-                                                      x = fmaf(x, scale_log2_, cuda::as_float(bias) * cuda::kLog2e);
-                                                    });
+  __device__ __forceinline__ void apply_overlay() {
+    if constexpr (Memory::kHasOverlay) {
+      const bool one_row = overlay_of<kTerms>(p_).size_row == 1;
+      for_each_transposed_element(memory_.overlay(stage()), warpgroup_ * kWarpgroupRows + warp_row_, one_row,
+                                  [&](int m, int half, int e, auto element) {
+                                    float& x = scores_.at(m, half, 0, e);
+                                    if constexpr (kTerms == Terms::bias)
+                                      x = fmaf(x, scale_log2_, cuda::as_float(element) * cuda::kLog2e);
+                                    else if (element == 0)
+                                      x = minus_infinity<float>();
+                                  });
+    }
   }
 
   // P, which leaves at once, of capped scores; what dS needs of it takes their place.
@@ -430,18 +419,18 @@ class BackwardComputer {
   unsigned step_ = 0, v_block_ = 0;
   Scores scores_, dprob_;
   Fragments p_fragments_, ds_fragments_;
-  TransposedMaskPairs<Config::kRows / 8> mask_;
   QueryGradient dq_;
   Accumulator<1, ND> dk_, dv_;
 };
 
 template <class T, class Config, Terms kTerms>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardCall call) {
-  const BackwardMemory<T, Config> memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
+  using Memory = BackwardMemory<T, Config>;
+  const Memory memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x < 64) init_selectors(memory.lse_selector(), static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.dout, &call.statistics}) prefetch(*map);
-    if (Config::kHasBias) prefetch(call.bias);
+    if (Memory::kHasOverlay) prefetch(call.overlay);
     memory.init_barriers();
   }
   __syncthreads();
@@ -452,7 +441,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     if (warp == 0) BackwardLoader<T, Config>(call, memory).run();
     if (warp == 1 && lane_index() == 0) wait_for_turns(call, memory);
     if (warp == 2 && lane_index() == 0) pass_turns_on(call, memory);
-    if constexpr (Config::kHasBias)
+    if constexpr (Memory::kStoresDbias)
       if (warp == 3 && lane_index() == 0) store_dbias(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
@@ -478,27 +467,30 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
   const auto map = [&](const TensorView& view, int64_t cols, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
     return make_tensor_map(p.dtype, view, {cols, rows, heads, batch}, box_rows);
   };
-  const BackwardCall call{
-      p,
-      tasks,
-      PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
-      space.packed_key_blocks(p),
-      static_cast<int>(space.query_blocks),
-      static_cast<int>(space.key_blocks),
-      space.ticket(),
-      space.turns(),
-      space.dq_partial,
-      space.others(),
-      space.dkv_partial,
-      cuda::ScoreConstants(p),
-      direct_dbias,
-      map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
-      map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
-      map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
-      map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
-      make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8),
-      Config::kHasBias ? make_tensor_map(p.dtype, p.bias, Config::kRows) : TensorMap{},
-      Config::kHasBias && direct_dbias ? make_tensor_map(p.dtype, p.dbias, Config::kRows) : TensorMap{}};
+  BackwardCall call{p,
+                    tasks,
+                    PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
+                    space.packed_key_blocks(p),
+                    static_cast<int>(space.query_blocks),
+                    static_cast<int>(space.key_blocks),
+                    space.ticket(),
+                    space.turns(),
+                    space.dq_partial,
+                    space.others(),
+                    space.dkv_partial,
+                    cuda::ScoreConstants(p),
+                    direct_dbias,
+                    map(p.q, p.head_dim, rows_q, p.heads, batch_q, Config::kRows),
+                    map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
+                    map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
+                    map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
+                    make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8),
+                    {},
+                    {}};
+  if constexpr (Memory::kHasOverlay)
+    call.overlay = make_tensor_map<typename Memory::Overlay>(p.dtype, overlay_of<Config::kOverlay>(p));
+  if constexpr (Memory::kStoresDbias)
+    if (direct_dbias) call.dbias = make_tensor_map<typename Memory::DS>(p.dtype, p.dbias);
   const int64_t blocks = std::min<int64_t>(tasks.most(), cuda::multiprocessors());
   const cuda::Grid grid{
       .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
@@ -535,8 +527,9 @@ auto with_kernel_terms(const BackwardProblem& p, F&& f) {
   return cuda::with_terms(p, [&](auto terms) {
     if constexpr (BackwardConfig<FAE_HEAD_DIM, terms()>::kWide)
       return f(Any{});
-    else if (BackwardConfig<FAE_HEAD_DIM, terms()>::kHasBias &&
-             !(readable(p.bias) && (!p.dbias.data || readable(p.dbias))))
+    else if (terms() == Terms::bias && !(readable(p.bias, 2) && (!p.dbias.data || readable(p.dbias, 2))))
+      return f(Any{});
+    else if (terms() == Terms::mask && !readable(p.mask, 1))
       return f(Any{});
     else
       return f(terms);

@@ -3,6 +3,7 @@
 #include "../core/schedule.h"
 #include "../cuda/score_terms.h"
 #include "config.h"
+#include "overlay.h"
 #include "pipeline.h"
 #include "tile.h"
 
@@ -24,8 +25,8 @@ struct BackwardCall {
   cuda::ScoreConstants constants;
   bool direct_dbias;  // dS is the gradient of a bias, element by element
   TensorMap q, k, v, dout;
-  TensorMap statistics;   // cuda/delta.h, RowStatistics
-  TensorMap bias, dbias;  // dbias: where direct_dbias
+  TensorMap statistics;      // cuda/delta.h, RowStatistics
+  TensorMap overlay, dbias;  // dbias: where direct_dbias
 };
 
 // A task, a block of keys for one query head or all that share them, on its way from the loading warp to those that
@@ -63,9 +64,10 @@ struct BackwardMemory {
   using DS = std::conditional_t<Config::kWide, SharedTile<T, Config::kKeys, Config::kRows>,
                                 SharedTile<T, Config::kRows, Config::kKeys>>;
   static constexpr int kExchangedBytes = (Config::kWide ? 2 : 1) * DS::kBytes;
-  using Bias = SharedTile<T, Config::kRows, Config::kKeys>;
-  static constexpr int kBiasBytes = Config::kHasBias ? Bias::kBytes : 0;
-  static constexpr int kDoutBytes = Q::kBytes + kBiasBytes;  // of a stage: the bias comes, and goes, with dO
+  using Overlay = OverlayTile<T, Config::kOverlay, Config::kRows, Config::kKeys>;
+  static constexpr bool kHasOverlay = Config::kOverlay != Terms::none, kStoresDbias = Config::kOverlay == Terms::bias;
+  static constexpr int kOverlayBytes = kHasOverlay ? Overlay::kBytes : 0;
+  static constexpr int kDoutBytes = Q::kBytes + kOverlayBytes;  // of a stage: an overlay comes, and goes, with dO
   using Buffers = NumberedBuffers<Config::kStages>;
   using QueryBuffers = NumberedBuffers<Config::kStagesQ>;  // of Q and the statistics
   static constexpr int kStepStages = 4;                    // a step is looked at once more during the next
@@ -96,7 +98,7 @@ struct BackwardMemory {
   __device__ K v(int piece) const { return {base + kV + piece * K::kBytes}; }
   __device__ Q q(int stage) const { return {base + kQ + stage * Q::kBytes}; }
   __device__ Q dout(int stage) const { return {base + kDout + stage * kDoutBytes}; }
-  __device__ Bias bias(int stage) const { return {dout(stage).base + Q::kBytes}; }
+  __device__ Overlay overlay(int stage) const { return {dout(stage).base + Q::kBytes}; }
   __device__ DS ds(int stage) const { return {base + kDS + stage * kExchangedBytes}; }
   __device__ DS p(int stage) const { return {ds(stage).base + DS::kBytes}; }
   __device__ uint32_t statistics(int stage) const { return base + kStatistics + stage * kStatisticsBytes; }
@@ -130,7 +132,7 @@ struct BackwardMemory {
   }
 
   __device__ void init_barriers() const {
-    constexpr int kWarps = 4 * Config::kWarpgroups, kStores = Config::kHasBias ? 1 : 0;  // of dbias
+    constexpr int kWarps = 4 * Config::kWarpgroups, kStores = kStoresDbias ? 1 : 0;
     for (const uint32_t one : {k_full(), v_full(), keys_tail_full(), rows_tail_full()}) init_barrier(one, 1);
     init_barrier(k_empty(), kWarps + kStores);
     init_barrier(v_empty(), kWarps);

@@ -152,7 +152,7 @@ class BackwardLoader {
     ++v_block_;
   }
 
-  // Q, dO, the statistics and the bias of a step, and behind the first step's Q and dO a block's keys.
+  // Q, dO, the statistics and the overlay of a step, and behind the first step's Q and dO a block's keys.
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
     const int row = keys.q_start + step.row_begin;
@@ -172,9 +172,9 @@ class BackwardLoader {
     if (first_) {
       if (!tail) arrive_expecting(dout_barrier, Memory::kDoutBytes);
       load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
-      if constexpr (Config::kHasBias)
-        load_matrix_tile(memory_.bias(stage), call_.bias, p_.bias, step.row_begin, keys.key_begin, step.head,
-                         keys.batch, dout_barrier);
+      if constexpr (Memory::kHasOverlay)
+        load_overlay_tile(memory_.overlay(stage), call_.overlay, overlay_of<Config::kOverlay>(p_), step.row_begin,
+                          keys.key_begin, step.head, keys.batch, dout_barrier);
     }
     if (with_keys) {
       if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
@@ -222,8 +222,8 @@ __device__ void store_dbias(const BackwardCall& call, const BackwardMemory<T, Co
       wait(memory.ds_full(stage), Buffers::parity(number));
       const Step step = read_struct_alone<Step>(memory.step(number));
       if (call.direct_dbias) {
-        store_matrix_tile(memory.ds(stage), call.dbias, call.p.dbias, step.row_begin, keys.key_begin, step.head,
-                          keys.batch);
+        store_overlay_tile(memory.ds(stage), call.dbias, call.p.dbias, step.row_begin, keys.key_begin, step.head,
+                           keys.batch);
         commit_stores();
         wait_stores_read<0>();
       }

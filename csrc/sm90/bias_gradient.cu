@@ -4,6 +4,7 @@
 #include "../sm80/kernels.h"
 #include "config.h"
 #include "kernels.h"
+#include "overlay.h"
 #include "pipeline.h"
 #include "tensor_map.h"
 #include "tile.h"
@@ -198,7 +199,8 @@ class BiasLoader {
   __device__ void load_bias(const BiasTask& task) {
     bias_.wait_empty();
     arrive_expecting(bias_.full(), Memory::Bias::kBytes);
-    load_matrix_tile(memory_.bias(), call_.bias, call_.p.bias, task.row, task.key, task.head, task.batch, bias_.full());
+    load_overlay_tile(memory_.bias(), call_.bias, call_.p.bias, task.row, task.key, task.head, task.batch,
+                      bias_.full());
     bias_.advance();
   }
 
@@ -390,7 +392,7 @@ using Config = BiasGradientConfig<FAE_HEAD_DIM>;
 bool takes(const BackwardProblem& p) {
   const bool whole = p.dbias.size_row == p.max_seqlen_q && p.dbias.size_col == p.max_seqlen_k;
   const bool dense = !p.cu_seqlens_q && !p.cu_seqlens_k && !p.seqused_q && !p.seqused_k;
-  return cuda::terms_of(p) == Terms::bias && whole && dense && readable(p.bias) && readable(p.dbias);
+  return cuda::terms_of(p) == Terms::bias && whole && dense && readable(p.bias, 2) && readable(p.dbias, 2);
 }
 
 // The workspace: the counter, then shares.
@@ -420,7 +422,7 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
       map(p.k, p.head_dim, p.max_seqlen_k, p.heads_kv, Config::kKeys),
       map(p.v, p.head_dim_v, p.max_seqlen_k, p.heads_kv, Config::kKeys),
       map(p.dout, p.head_dim_v, p.max_seqlen_q, p.heads, kWarpgroupRows),
-      make_tensor_map(p.dtype, p.bias, Config::kRows)};
+      make_tensor_map<typename BiasMemory<T, Config>::Bias>(p.dtype, p.bias)};
   cuda::launch("sm90 bias gradient", bias_gradient_kernel<T, Config>,
                cuda::Grid{blocks, Config::kThreads, BiasMemory<T, Config>::kBytes}, stream, call);
   if (!call.shares) return;

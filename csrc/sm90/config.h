@@ -23,7 +23,9 @@ template <int kWarpgroups_, int kKeys_, int kDim_, int kDimV_, int kStagesQ_, in
 struct ForwardTile {
   static constexpr int kWarpgroups = kWarpgroups_, kKeys = kKeys_, kDim = kDim_, kDimV = kDimV_;
   static constexpr int kStagesQ = kStagesQ_, kStagesK = kStagesK_, kStagesV = kStagesV_;
-  static constexpr int kStagesBias = 0;  // of a warpgroup's rows of a bias
+  // What lies over the scores and comes with them (overlay.h), and stages of a warpgroup's rows of it.
+  static constexpr Terms kOverlay = Terms::none;
+  static constexpr int kStagesOverlay = 0;
   // A tile has rows of one head, or the same rows of several heads.
   static constexpr int kHeads = 1, kHeadWarpgroups = kWarpgroups;
   static constexpr int kRows = kHeadWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -56,14 +58,19 @@ template <Terms kTerms>
 struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
 template <>
 struct ForwardConfig<128, Terms::any> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
-template <>
-struct ForwardConfig<64, Terms::bias> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {
-  static constexpr int kStagesBias = 4;
+template <class Tile, Terms kOverlay_, int kStages>
+struct WithOverlay : Tile {
+  static constexpr Terms kOverlay = kOverlay_;
+  static constexpr int kStagesOverlay = kStages;
 };
 template <>
-struct ForwardConfig<128, Terms::bias> : ForwardTile<2, 128, 128, 128, 2, 2, 2> {
-  static constexpr int kStagesBias = 1;
-};
+struct ForwardConfig<64, Terms::bias> : WithOverlay<ForwardTile<3, 64, 64, 64, 2, 4, 4>, Terms::bias, 4> {};
+template <>
+struct ForwardConfig<64, Terms::mask> : WithOverlay<ForwardTile<3, 64, 64, 64, 2, 4, 4>, Terms::mask, 4> {};
+template <>
+struct ForwardConfig<128, Terms::bias> : WithOverlay<ForwardTile<2, 128, 128, 128, 2, 2, 2>, Terms::bias, 1> {};
+template <>
+struct ForwardConfig<128, Terms::mask> : WithOverlay<ForwardTile<2, 128, 128, 128, 2, 2, 2>, Terms::mask, 2> {};
 // More keys a block were measured to be slower, for shorter sequences by far.
 template <Terms kTerms>
 struct ForwardConfig<192, kTerms> : ForwardTile<2, 64, 192, 192, 2, 3, 2> {};
@@ -99,7 +106,8 @@ struct BackwardBlock {
   static constexpr int kRows = kRows_, kKeys = kKeys_, kKeyPieces = kKeys / kWarpgroupRows, kDim = kDim_;
   static constexpr int kStages = 2, kStagesQ = 2;  // of dO, and of the dS of query blocks; of Q, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
-  static constexpr bool kSeparate = false, kHasBias = false;
+  static constexpr bool kSeparate = false;
+  static constexpr Terms kOverlay = Terms::none;  // overlay.h
 
   // Rows up to which one task walks through all query heads that share its keys, instead of a task for each of them:
   // those would wait for each other longer than they save. H200, causal, TFLOP/s with one and with several tasks:
@@ -139,10 +147,9 @@ struct SeparateBackward : BackwardBlock<64, 2 * kWarpgroupRows, kDim> {
   static constexpr bool kWide = false, kSeparate = true;
 };
 
-// With the bias of every step.
-template <int kDim>
-struct BackwardBiasTile : BackwardTile<64, kDim> {
-  static constexpr bool kHasBias = true;
+template <int kDim, Terms kOverlay_>
+struct BackwardOverlayTile : BackwardTile<64, kDim> {
+  static constexpr Terms kOverlay = kOverlay_;
 };
 
 template <int kHeadDim, Terms kTerms>
@@ -150,7 +157,9 @@ struct BackwardConfig;
 template <Terms kTerms>
 struct BackwardConfig<64, kTerms> : BackwardTile<64, 64> {};
 template <>
-struct BackwardConfig<64, Terms::bias> : BackwardBiasTile<64> {};
+struct BackwardConfig<64, Terms::bias> : BackwardOverlayTile<64, Terms::bias> {};
+template <>
+struct BackwardConfig<64, Terms::mask> : BackwardOverlayTile<64, Terms::mask> {};
 template <>
 struct BackwardConfig<64, Terms::none> : BackwardTile<128, 64> {};
 template <Terms kTerms>
@@ -160,9 +169,9 @@ struct BackwardConfig<128, Terms::softcap> : BackwardTile<64, 128> {};
 template <>
 struct BackwardConfig<128, Terms::dropout> : BackwardTile<64, 128> {};
 template <>
-struct BackwardConfig<128, Terms::bias> : BackwardBiasTile<128> {};
+struct BackwardConfig<128, Terms::bias> : BackwardOverlayTile<128, Terms::bias> {};
 template <>
-struct BackwardConfig<128, Terms::mask> : BackwardTile<64, 128> {};
+struct BackwardConfig<128, Terms::mask> : BackwardOverlayTile<128, Terms::mask> {};
 template <>
 struct BackwardConfig<128, Terms::any> : BackwardTile<64, 128> {};
 template <Terms kTerms>

@@ -3,7 +3,6 @@
 #include "../cuda/single_term.h"
 #include "forward_movers.h"
 #include "kernels.h"
-#include "mask_pairs.h"
 
 // Forward attention (FlashAttention-3, arXiv 2407.08608) with wgmma. Thread blocks stay and take one block of query
 // rows after the other. One warp loads Q, K and V through rings of buffers, another stores O, and each warpgroup of the
@@ -16,8 +15,7 @@ namespace {
 template <class T, class Config, Terms kTerms>
 class Computer {
   static constexpr bool kGeneral = kTerms == Terms::any;
-  static constexpr bool kHasMask = kTerms == Terms::mask, kHasBias = kTerms == Terms::bias;
-  static constexpr bool kNatural = kGeneral || kHasBias;  // units of scores; otherwise powers of two
+  static constexpr bool kNatural = kGeneral || kTerms == Terms::bias;  // units of scores; otherwise powers of two
   // Warpgroups start their products in turn, so that one computes scores while the other multiplies: by themselves they
   // fall into step, and do neither beside the other. The first product of a tile goes beside the end of the one before.
   // Both were measured to help at this head dim alone.
@@ -34,7 +32,7 @@ class Computer {
         q_(memory.ring_q()),
         k_(memory.ring_k()),
         v_(memory.ring_v()),
-        bias_(memory.ring_bias(warp / 4)),
+        overlay_(memory.ring_overlay(warp / 4)),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
         scale_log2_(call.constants.scale * cuda::kLog2e) {}
@@ -176,10 +174,9 @@ class Computer {
 
   // P = exp(S - m) of the first block.
   __device__ __forceinline__ void first_step(int block, bool edge) {
-    load_mask(block);
     finish_scores(block, edge);
     follow();
-    release_bias();
+    release_overlay();
     drop(block);
     pack_p();
   }
@@ -194,7 +191,6 @@ class Computer {
     v_.wait_full();
     start_pv();
     pass_turn();
-    load_mask(block);
     wait_products<1>();
     fence_registers(scores_.x[0]);
 
@@ -208,7 +204,7 @@ class Computer {
       finish_scores(block, kEdge);
       factors = follow();
     }
-    release_bias();
+    release_overlay();
     drop(block);
 
     wait_products<0>();
@@ -223,7 +219,6 @@ class Computer {
   __device__ __forceinline__ bool keep(int block, cuda::RowFactors<1>& factors) {
     const auto redo = [&](const auto& rows) {
       multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-      load_mask(block);
       finish_scores(block, false);
       factors = follow(rows);
     };
@@ -273,33 +268,27 @@ class Computer {
     return {p_, call_.constants, tile.batch, tile.head, tile.band};
   }
 
-  // The mask of a block, for when its scores are there.
-  __device__ __forceinline__ void load_mask(int block) {
-    if constexpr (kHasMask) {
-      const Work tile = work();
-      mask_.load(p_.mask, tile.batch, tile.head, tile.band, row_begin(tile) + warp_row_, block * Config::kKeys);
+  __device__ __forceinline__ void apply_overlay() {
+    if constexpr (Memory::kHasOverlay) {
+      overlay_.wait_full();
+      const bool one_row = overlay_of<kTerms>(p_).size_row == 1;
+      const auto tile = memory_.overlay(overlay_.stage(), warpgroup_);
+      for_each_element(tile, one_row ? 0 : warp_row_, one_row, [&](int m, int half, int n, int e, auto element) {
+        float& x = scores_.at(m, half, n, e);
+        if constexpr (kTerms == Terms::bias)
+          x = fmaf(x, call_.constants.scale, cuda::as_float(element));
+        else if (element == 0)
+          x = minus_infinity<float>();
+      });
     }
   }
-  __device__ __forceinline__ void add_bias() {
-    bias_.wait_full();
-    const bool one_row = p_.bias.size_row == 1;
-    const auto tile = memory_.bias(bias_.stage(), warpgroup_);
-    for_each_element(tile, one_row ? 0 : warp_row_, one_row, [&](int m, int half, int n, int e, T bias) {
-      float& x = scores_.at(m, half, n, e);
-      x = fmaf(x, call_.constants.scale, cuda::as_float(bias));
-    });
-  }
-  __device__ __forceinline__ void release_bias() {
-    if constexpr (kHasBias) release(bias_);
+  __device__ __forceinline__ void release_overlay() {
+    if constexpr (Memory::kHasOverlay) release(overlay_);
   }
   // Products become scores, but for a scale that the exponential brings.
   __device__ __forceinline__ void finish_scores(int block, bool edge) {
     if (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
-    if constexpr (kHasBias) add_bias();
-    if constexpr (kHasMask)
-      scores_.for_each([&](int m, int half, int n, int e) {
-        if (mask_.hides(half, n, e)) scores_.at(m, half, n, e) = minus_infinity<float>();
-      });
+    apply_overlay();
     if (kTerms != Terms::any && kTerms != Terms::alibi && !edge) return;
     const Work tile = work();
     const int row = row_begin(tile) + warp_row_, key = key_begin(tile, block);
@@ -411,7 +400,7 @@ class Computer {
   typename Memory::RingQ q_;
   typename Memory::RingK k_;
   typename Memory::RingV v_;
-  typename Memory::RingBias bias_;
+  typename Memory::RingOverlay overlay_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
   const float scale_log2_;
   float slope_log2_ = 0;  // of ALiBi, for the tile's head
@@ -421,7 +410,6 @@ class Computer {
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;
   uint32_t p_fragments_[kSteps][4];
-  MaskPairs<N> mask_;
 };
 
 template <class T, class Config, Terms kTerms>
@@ -430,7 +418,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   const Memory memory{sm80::shared_offset(sm80::dynamic_shared_memory())};
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&call.q, &call.k, &call.v, &call.out}) prefetch(*map);
-    if (Memory::kHasBias) prefetch(call.bias);
+    if (Memory::kHasOverlay) prefetch(call.overlay);
     memory.init_barriers();
   }
   __syncthreads();
@@ -440,8 +428,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     give_registers_back<Config::kMoverRegisters>();
     if (warp == 0) Loader<T, Config>(call, memory).run();
     if (Config::kStoresByCopy && warp == 1) store_tiles<T, Config>(call, memory);
-    if constexpr (Memory::kHasBias)
-      if (warp == 2) load_bias<T, Config>(call, memory);
+    if constexpr (Memory::kHasOverlay)
+      if (warp == 2) load_overlay<T, Config>(call, memory);
   } else {
     take_registers<Config::kComputeRegisters>();
     Computer<T, Config, kTerms>(call, memory, warp - 4).run();
@@ -464,21 +452,21 @@ void run_kernel(const Problem& p, const Execution& execution) {
     cuda::clear(counter, sizeof(int), execution.stream);
   }
 
+  using Memory = ForwardMemory<T, Config>;
   const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, batch_k = p.cu_seqlens_k ? 1 : p.batch;
-  const ForwardCall call{
-      p,
-      schedule,
-      counter,
-      cuda::ScoreConstants(p),
-      make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),
-      make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
-      make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
-      make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows),
-      ForwardMemory<T, Config>::kHasBias ? make_tensor_map(p.dtype, p.bias, kWarpgroupRows) : TensorMap{}};
-  const cuda::Grid grid{.blocks = blocks,
-                        .threads = Config::kThreads,
-                        .shared_bytes = ForwardMemory<T, Config>::kBytes,
-                        .overlaps = true};
+  ForwardCall call{p,
+                   schedule,
+                   counter,
+                   cuda::ScoreConstants(p),
+                   make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),
+                   make_tensor_map(p.dtype, p.k, {p.head_dim, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                   make_tensor_map(p.dtype, p.v, {p.head_dim_v, rows_k, p.heads_kv, batch_k}, Config::kKeys),
+                   make_tensor_map(p.dtype, p.out, {p.head_dim_v, rows_q, p.heads, batch_q}, kWarpgroupRows),
+                   {}};
+  if constexpr (Memory::kHasOverlay)
+    call.overlay = make_tensor_map<typename Memory::Overlay>(p.dtype, overlay_of<Config::kOverlay>(p));
+  const cuda::Grid grid{
+      .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
   cuda::launch("sm90 forward", forward_kernel<T, Config, kTerms>, grid, execution.stream, call);
 }
 
@@ -498,8 +486,9 @@ void forward<DType::FAE_DTYPE, FAE_HEAD_DIM>(const Problem& p, const Execution& 
     // Compilers take a minute for each kernel of a large head dim, with which a bias or a mask is rare.
     constexpr bool kRare = FAE_HEAD_DIM > 128 && (terms() == Terms::bias || terms() == Terms::mask);
     constexpr Terms kTerms = kRare ? Terms::any : terms();
-    if (kTerms == Terms::bias && !readable(p.bias))
-      return run_forward<ElementOf<DType::FAE_DTYPE>, Terms::any>(p, execution);
+    if constexpr (kTerms == Terms::bias || kTerms == Terms::mask)
+      if (!readable(overlay_of<kTerms>(p), kOverlayElementSize<kTerms>))
+        return run_forward<ElementOf<DType::FAE_DTYPE>, Terms::any>(p, execution);
     run_forward<ElementOf<DType::FAE_DTYPE>, kTerms>(p, execution);
   });
 }

@@ -3,6 +3,7 @@
 #include "../core/schedule.h"
 #include "../cuda/score_terms.h"
 #include "config.h"
+#include "overlay.h"
 #include "pipeline.h"
 #include "tile.h"
 
@@ -16,7 +17,7 @@ struct ForwardCall {
   GridSchedule schedule;
   int* counter;  // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
   cuda::ScoreConstants constants;
-  TensorMap q, k, v, out, bias;
+  TensorMap q, k, v, out, overlay;
 };
 
 // Heads whose tiles run side by side where some tiles are longer than others: enough to begin with the long ones. Tiles
@@ -44,10 +45,10 @@ struct ForwardMemory {
   using RingQ = Ring<Config::kStagesQ>;
   using RingK = Ring<Config::kStagesK>;
   using RingV = Ring<Config::kStagesV>;
-  // What a warpgroup's rows of a block of scores have added to them.
-  using Bias = SharedTile<T, kWarpgroupRows, Config::kKeys>;
-  static constexpr bool kHasBias = Config::kStagesBias > 0;
-  using RingBias = Ring<kHasBias ? Config::kStagesBias : 1>;
+  // What lies over a warpgroup's rows of a block of scores.
+  using Overlay = OverlayTile<T, Config::kOverlay, kWarpgroupRows, Config::kKeys>;
+  static constexpr bool kHasOverlay = Config::kOverlay != Terms::none;
+  using RingOverlay = Ring<kHasOverlay ? Config::kStagesOverlay : 1>;
   // What thread blocks of a cluster send each other: a ring's full buffers are with the receiver, and the barriers of
   // its empty ones with the sender. P of a warp, in binary16: its 16 rows of a block of keys.
   using RingP = Ring<2>;
@@ -68,15 +69,16 @@ struct ForwardMemory {
   static constexpr int kTurns = kTail + 8, kRingDout = kTurns + 8 * Config::kWarpgroups;
   static constexpr int kRingP = kRingDout + (Config::kHasDout ? RingQ::kBytes : 0);
   static constexpr int kRingTickets = kRingP + (Config::kFromKeys ? kWarps * RingP::kBytes : 0);
-  static constexpr int kRingBias = kRingTickets + (Config::kFromKeys ? RingP::kBytes : 0);
-  static constexpr int kTickets = (kRingBias + (kHasBias ? Config::kWarpgroups * RingBias::kBytes : 0) + 15) / 16 * 16;
+  static constexpr int kRingOverlay = kRingTickets + (Config::kFromKeys ? RingP::kBytes : 0);
+  static constexpr int kTickets =
+      (kRingOverlay + (kHasOverlay ? Config::kWarpgroups * RingOverlay::kBytes : 0) + 15) / 16 * 16;
   // The rows of a tile: Q, and behind it dO where there is one.
   static constexpr int kQ = (kTickets + (Config::kFromKeys ? RingP::kStages * 16 : 0) + 1023) / 1024 * 1024;
   static constexpr int kQBytes = Config::kWarpgroups * Q::kBytes * (Config::kHasDout ? 2 : 1);
   static constexpr int kK = kQ + Config::kStagesQ * kQBytes, kV = kK + Config::kStagesK * K::kBytes;
   static constexpr int kP = kV + Config::kStagesV * V::kBytes;
-  static constexpr int kBias = kP + (Config::kFromKeys ? RingP::kStages * kWarps * kPBytes : 0);
-  static constexpr int kBytes = kBias + Config::kWarpgroups * Config::kStagesBias * Bias::kBytes;
+  static constexpr int kOverlay = kP + (Config::kFromKeys ? RingP::kStages * kWarps * kPBytes : 0);
+  static constexpr int kBytes = kOverlay + Config::kWarpgroups * Config::kStagesOverlay * Overlay::kBytes;
   static_assert(kBytes <= 227 * 1024);
 
   uint32_t base;
@@ -90,8 +92,8 @@ struct ForwardMemory {
   __device__ O o(int stage, int warpgroup) const { return {q(stage, warpgroup).base}; }
   __device__ K k(int stage) const { return {base + kK + stage * K::kBytes}; }
   __device__ V v(int stage) const { return {base + kV + stage * V::kBytes}; }
-  __device__ Bias bias(int stage, int warpgroup) const {
-    return {base + kBias + (stage * Config::kWarpgroups + warpgroup) * Bias::kBytes};
+  __device__ Overlay overlay(int stage, int warpgroup) const {
+    return {base + kOverlay + (stage * Config::kWarpgroups + warpgroup) * Overlay::kBytes};
   }
   __device__ uint32_t lse_selector() const { return base + kSelectors; }
   __device__ uint32_t delta_selector() const { return base + kSelectors + 128; }
@@ -100,8 +102,8 @@ struct ForwardMemory {
   __device__ RingQ ring_dout(unsigned tile = 0) const { return RingQ(base + kRingDout, tile); }
   __device__ RingK ring_k() const { return RingK(base + kRingK); }
   __device__ RingV ring_v() const { return RingV(base + kRingV); }
-  __device__ RingBias ring_bias(int warpgroup, unsigned number = 0) const {
-    return RingBias(base + kRingBias + warpgroup * RingBias::kBytes, number);
+  __device__ RingOverlay ring_overlay(int warpgroup, unsigned number = 0) const {
+    return RingOverlay(base + kRingOverlay + warpgroup * RingOverlay::kBytes, number);
   }
   __device__ RingP ring_p(int warp) const { return RingP(base + kRingP + warp * RingP::kBytes); }
   __device__ RingP ring_tickets() const { return RingP(base + kRingTickets); }
@@ -114,13 +116,13 @@ struct ForwardMemory {
   __device__ uint32_t turn(int warpgroup) const { return base + kTurns + 8 * warpgroup; }
 
   __device__ void init_barriers() const {
-    ring_q().init(1, (Config::kStoresByCopy ? 1 : 4 * Config::kWarpgroups) + (kHasBias ? 1 : 0));
+    ring_q().init(1, (Config::kStoresByCopy ? 1 : 4 * Config::kWarpgroups) + (kHasOverlay ? 1 : 0));
     ring_k().init(1, 4 * Config::kWarpgroups);
     ring_v().init(1, 4 * Config::kWarpgroups);
     for (int i = 0; i < Config::kStagesQ; ++i) init_barrier(out_full(i), 4 * Config::kWarpgroups);
     init_barrier(tail_full(), 1);
     for (int i = 0; i < Config::kWarpgroups; ++i) init_barrier(turn(i), 4);
-    for (int i = 0; kHasBias && i < Config::kWarpgroups; ++i) ring_bias(i).init(1, 4);
+    for (int i = 0; kHasOverlay && i < Config::kWarpgroups; ++i) ring_overlay(i).init(1, 4);
     if (Config::kHasDout) ring_dout().init(1, 4 * Config::kWarpgroups);
     if (Config::kFromKeys) {
       for (int i = 0; i < kWarps; ++i) ring_p(i).init(1, 1);

@@ -243,9 +243,9 @@ __device__ __forceinline__ bool stored_whole(const Work& work, int warpgroup) {
   return row_begin_of<Config>(work, warpgroup) + kWarpgroupRows <= work.band.seqlen_q;
 }
 
-// Loads the bias of every tile: for each warpgroup, of the blocks that its rows see.
+// Loads the overlay of every tile: for each warpgroup, of the blocks that its rows see.
 template <class T, class Config>
-__device__ void load_bias(const ForwardCall& call, const ForwardMemory<T, Config>& memory) {
+__device__ void load_overlay(const ForwardCall& call, const ForwardMemory<T, Config>& memory) {
   using Memory = ForwardMemory<T, Config>;
   typename Memory::RingQ q = memory.ring_q();
   unsigned loaded[Config::kWarpgroups] = {};
@@ -261,12 +261,12 @@ __device__ void load_bias(const ForwardCall& call, const ForwardMemory<T, Config
       for (int w = 0; w < Config::kWarpgroups; ++w) {
         const KeyBlocks<int> seen = memory.read_blocks(tile, w);
         if (block < seen.begin || block >= seen.end) continue;
-        const auto ring = memory.ring_bias(w, loaded[w]++);
+        const auto ring = memory.ring_overlay(w, loaded[w]++);
         ring.wait_empty();
         if (lane_index() != 0) continue;
-        arrive_expecting(ring.full(), Memory::Bias::kBytes);
-        load_matrix_tile(memory.bias(ring.stage(), w), call.bias, call.p.bias, row_begin_of<Config>(work, w),
-                         block * Config::kKeys, work.head, work.batch, ring.full());
+        arrive_expecting(ring.full(), Memory::Overlay::kBytes);
+        load_overlay_tile(memory.overlay(ring.stage(), w), call.overlay, overlay_of<Config::kOverlay>(call.p),
+                          row_begin_of<Config>(work, w), block * Config::kKeys, work.head, work.batch, ring.full());
       }
     release(q.empty());  // the next tile may take the place of what has been read
   }

@@ -13,8 +13,8 @@ namespace fae::sm90 {
 
 constexpr int kBoxCols = 64;  // 128 bytes of 16-bit elements: one line of the swizzle
 
-// [batch, head, row, col] of 16-bit elements, of which a copy moves box_rows rows of box_cols columns: 64 with the
-// swizzle, fewer as they are. A dimension of size 1 may have any stride, which the accelerator need not understand.
+// [batch, head, row, col], of which a copy moves box_rows rows of box_cols columns: 128 or 64 bytes with the swizzle of
+// as many, fewer as they are. A dimension of size 1 may have any stride, which the accelerator need not understand.
 struct TensorExtents {
   int64_t cols, rows, heads, batch;
 };
@@ -34,10 +34,15 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
+inline CUtensorMapDataType element_type(DType dtype, int element_size) {
+  if (element_size == 1) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  return dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
 inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const TensorExtents& extents, int box_rows,
-                                 int box_cols = kBoxCols) {
-  const auto bytes = [](int64_t extent, int64_t stride) {
-    return static_cast<cuuint64_t>(extent == 1 ? 16 : 2 * stride);
+                                 int box_cols = kBoxCols, int element_size = 2) {
+  const auto bytes = [&](int64_t extent, int64_t stride) {
+    return static_cast<cuuint64_t>(extent == 1 ? 16 : element_size * stride);
   };
   const cuuint64_t dims[] = {static_cast<cuuint64_t>(extents.cols), static_cast<cuuint64_t>(extents.rows),
                              static_cast<cuuint64_t>(extents.heads), static_cast<cuuint64_t>(extents.batch)};
@@ -45,12 +50,14 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
                                 bytes(extents.batch, view.stride_batch)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
+  const int row_bytes = box_cols * element_size;
   TensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, view.data,
-      dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_cols == kBoxCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = tensor_map_encoder()(&map, element_type(dtype, element_size), 4, view.data, dims, strides,
+                                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                               row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                               : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                 : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn_ext: cuTensorMapEncodeTiled failed with error " + std::to_string(result));
   return map;
@@ -59,19 +66,24 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
 #else
 
 inline TensorMap make_tensor_map(DType, const TensorView& view, const TensorExtents& extents, int box_rows,
-                                 int box_cols = kBoxCols) {
-  return {static_cast<char*>(view.data),
-          {extents.cols, extents.rows, extents.heads, extents.batch},
-          {2, 2 * view.stride_row, 2 * view.stride_head, 2 * view.stride_batch},
-          2,
-          box_cols,
-          box_rows};
+                                 int box_cols = kBoxCols, int element_size = 2) {
+  return {
+      static_cast<char*>(view.data),
+      {extents.cols, extents.rows, extents.heads, extents.batch},
+      {element_size, element_size * view.stride_row, element_size * view.stride_head, element_size * view.stride_batch},
+      element_size,
+      box_cols,
+      box_rows};
 }
 
 #endif
 
-inline TensorMap make_tensor_map(DType dtype, const ScoreView& m, int box_rows) {
-  return make_tensor_map(dtype, tensor_of(m), {m.size_col, m.size_row, m.size_head, m.size_batch}, box_rows);
+// Tile: what a copy moves, or (OverlayTile, 16 bits) as many boxes side by side as that has.
+template <class Tile>
+TensorMap make_tensor_map(DType dtype, const ScoreView& m) {
+  constexpr int kSize = static_cast<int>(sizeof(typename Tile::Element));
+  return make_tensor_map(dtype, tensor_of(m), {m.size_col, m.size_row, m.size_head, m.size_batch}, Tile::kRows,
+                         Tile::kCols / Tile::kBlocks, kSize);
 }
 
 }  // namespace fae::sm90

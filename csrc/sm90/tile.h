@@ -129,73 +129,11 @@ __device__ __forceinline__ void multiply_warp(Accumulator<1, N>& s, const A& a, 
   }
 }
 
-// f(m, half, n, e, element) for the elements of 16 rows of a tile, as a warp's accumulator has them: row0 and the rows
-// that follow it, or, where they have one row in common, row0 16 times.
-template <class Tile, class F>
-__device__ __forceinline__ void for_each_element(const Tile& tile, int row0, bool in_common, F&& f) {
-  const int lane = opaque(lane_index());
-  const uint32_t first = tile.address(row0 + (in_common ? 0 : lane % 16), 0) ^ lane / 16 * 16;
-#pragma unroll
-  for (int pair = 0; pair < Tile::kCols / 16; ++pair) {
-    uint32_t words[4];
-    sm80::load_matrices((first ^ (pair % 4 * 32)) + pair / 4 * Tile::kRows * cuda::kSwizzleBytes, words);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      typename Tile::Element elements[2];
-      memcpy(static_cast<void*>(elements), &words[i], sizeof(elements));
-#pragma unroll
-      for (int e = 0; e < 2; ++e) f(0, i % 2, 2 * pair + i / 2, e, elements[e]);
-    }
-  }
-}
-
-// The same for the transpose of 16 M rows by 16 columns from col0 on, f(m, half, e, element): column lane / 4 + 8 e of
-// row 8 m + lane % 4 * 2 + half.
-template <int M, class Tile, class F>
-__device__ __forceinline__ void for_each_transposed_element(const Tile& tile, int col0, bool in_common, F&& f) {
-  const int lane = opaque(lane_index());
-  const uint32_t first = tile.address(in_common ? 0 : lane % 16, col0 + lane / 16 * 8);
-#pragma unroll
-  for (int pair = 0; pair < M; ++pair) {
-    uint32_t words[4];
-    sm80::load_matrices_transposed(first + (in_common ? 0 : pair * 16 * cuda::kSwizzleBytes), words);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      typename Tile::Element elements[2];
-      memcpy(static_cast<void*>(elements), &words[i], sizeof(elements));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) f(2 * pair + i % 2, half, i / 2, elements[half]);
-    }
-  }
-}
-
 // Starts the copy of a tile, by one thread. The barrier has been told how many bytes to expect.
 template <class Tile>
 __device__ void load_tile(const Tile& tile, const TensorMap& map, int row, int head, int batch, uint32_t barrier) {
   for (int block = 0; block < Tile::kBlocks; ++block)
     load_box(tile.address(0, block * 64), map, block * 64, row, head, batch, barrier);
-}
-
-// The same of a tile of a matrix over the scores, and back. What is the same for all rows comes in row 0.
-template <class F>
-__device__ __forceinline__ void at_score(const ScoreView& view, int row, int head, int batch, F&& f) {
-  f(view.size_row == 1 ? 0 : row, view.size_head == 1 ? 0 : head, view.size_batch == 1 ? 0 : batch);
-}
-template <class Tile>
-__device__ void load_matrix_tile(const Tile& tile, const TensorMap& map, const ScoreView& view, int row, int col,
-                                 int head, int batch, uint32_t barrier) {
-  at_score(view, row, head, batch, [&](int r, int h, int b) {
-    for (int block = 0; block < Tile::kBlocks; ++block)
-      load_box(tile.address(0, block * 64), map, col + block * 64, r, h, b, barrier);
-  });
-}
-template <class Tile>
-__device__ void store_matrix_tile(const Tile& tile, const TensorMap& map, const ScoreView& view, int row, int col,
-                                  int head, int batch) {
-  at_score(view, row, head, batch, [&](int r, int h, int b) {
-    for (int block = 0; block < Tile::kBlocks; ++block)
-      store_box(map, col + block * 64, r, h, b, tile.address(0, block * 64));
-  });
 }
 
 // Zeros in the rows from `begin` on, by one warp.
