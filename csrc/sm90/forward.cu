@@ -438,10 +438,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
 
 template <class T, class Config, Terms kTerms>
 void run_kernel(const Problem& p, const Execution& execution) {
-  GridSchedule schedule(p.batch, p.heads / Config::kHeads, p.max_seqlen_q, Config::kRows, p.cu_seqlens_q, p.total_q);
+  const bool heads_first = Config::kOverlay != Terms::none && heads_go_first(p, overlay_of<Config::kOverlay>(p));
+  const int64_t heads = p.heads / Config::kHeads;
+  GridSchedule schedule(heads_first ? heads : p.batch, heads_first ? p.batch : heads, p.max_seqlen_q, Config::kRows,
+                        p.cu_seqlens_q, p.total_q);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k;
-  schedule.group_pairs(concurrent_heads(p));
+  schedule.group_pairs(heads_first ? std::max(p.batch, concurrent_heads(p)) : concurrent_heads(p));
   schedule.last_first = true;
 
   const int64_t blocks = std::min<int64_t>(schedule.size(), cuda::multiprocessors());
@@ -456,6 +459,7 @@ void run_kernel(const Problem& p, const Execution& execution) {
   const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   ForwardCall call{p,
                    schedule,
+                   heads_first,
                    counter,
                    cuda::ScoreConstants(p),
                    make_tensor_map(p.dtype, p.q, {p.head_dim, rows_q, p.heads, batch_q}, kWarpgroupRows),

@@ -15,7 +15,8 @@ namespace fae::sm90 {
 struct ForwardCall {
   Problem p;
   GridSchedule schedule;
-  int* counter;  // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
+  bool heads_first;  // the schedule has heads in the place of batches, and the other way round
+  int* counter;      // of tiles taken, beyond each thread block's first; null: tiles are dealt out in turn
   cuda::ScoreConstants constants;
   TensorMap q, k, v, out, overlay;
 };
@@ -24,6 +25,11 @@ struct ForwardCall {
 // of a head then walk through its K and V not far from each other, so that the second-level cache need not hold all of
 // it. Even tiles run head by head: then one load from memory serves all.
 FAE_INLINE int64_t concurrent_heads(const Problem& p) { return p.uneven() ? 16 : 1; }
+// Where batches share an overlay, but heads do not, those of a head run side by side, so that one load from memory
+// serves all.
+FAE_INLINE bool heads_go_first(const Problem& p, const ScoreView& overlay) {
+  return p.batch > 1 && !p.cu_seqlens_q && overlay.size_batch == 1 && overlay.size_head > 1;
+}
 
 // One tile on its way from the loading warp to the others, and the band of its sequence.
 struct alignas(16) Work {

@@ -59,7 +59,9 @@ class Loader {
     index_ = number == 0 && !kDrawsAll ? blockIdx.x : next_index();
 #pragma unroll 1
     for (; index_ < static_cast<unsigned>(call_.schedule.size()); index_ = next_index()) {
-      const Tile tile = call_.schedule[index_];
+      Tile tile = call_.schedule[index_];
+      if constexpr (Memory::kHasOverlay)
+        if (call_.heads_first) tile = {tile.head, tile.batch, tile.block};
       const Sequence s = sequence_of(p_, tile.batch);
       if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
