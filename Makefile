@@ -36,9 +36,12 @@ demo: install-demo
 	  echo "No pretrained model could be installed: the demo leaves that part out"
 	$(PYTHON) -m flash_attn_ext demo
 
+# Workers share out the cores. Where a test asks for more threads, those that wait give their core to the other workers.
+ONE_CORE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+
 .PHONY: test
 test: install-test,demo,transformers,docs
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal -m "not slow"
+	$(ONE_CORE) $(PYTHON) -m pytest -n auto --dist worksteal -m "not slow"
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, installed beside the normal one. The tests run
 # from its folder, so that Python finds it first. torch and Python leak on purpose. The sanitizer looks for the function
@@ -49,7 +52,7 @@ SANITIZE_TESTS ?= tests
 test-sanitize: install-test,demo,transformers
 	FAE_SANITIZE=1 FAE_CUDA=0 FAE_EMULATOR=0 $(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
 	preload=$$(for library in libasan.so libstdc++.so.6; do $${CXX:-c++} -print-file-name=$$library; done) && \
-	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	cd $(SANITIZED) && LD_PRELOAD=$$(echo $$preload) ASAN_OPTIONS=detect_leaks=0 $(ONE_CORE) \
 	  $(PYTHON) -m pytest -n auto --dist worksteal -c $(CURDIR)/pyproject.toml -m "not slow" \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) --ignore $(CURDIR)/tests/test_build.py
 
