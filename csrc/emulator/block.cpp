@@ -1,6 +1,5 @@
 #include "block.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -20,6 +19,11 @@ namespace fae::emulator {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
+// The stacks of a warp begin at different lines of a page, so that what its lanes have at the same depth fits into the
+// first cache, which looks at the place in a page only.
+constexpr size_t kPageBytes = 4096, kStackShift = kPageBytes / kWarpThreads;
+
+using JumpBuffer = void* [5];  // as GCC and Clang have it; they leave the registers to the function that goes on
 
 struct Copy {
   uint32_t shared_offset;
@@ -28,12 +32,14 @@ struct Copy {
 };
 
 struct Fiber {
+  JumpBuffer resume;
   ucontext_t start;  // used once, to enter the stack; after that jump buffers switch without a system call
-  jmp_buf resume;
   std::unique_ptr<char[]> stack;
   bool started = false;
   uint32_t barrier = 0;  // that it waits for, and the parity of the phase, where it waits in kMemoryBarrier
   int parity = 0;
+  const int* polled = nullptr;  // the number that it looked at last, how often, and what it saw
+  int looks = 0, seen = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
   std::vector<BoxCopy> open_stores;
@@ -79,22 +85,20 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int at_barrier = 0, live = 0;
   std::deque<RemoteStore> stores;  // that have not arrived
-  jmp_buf scheduler;
+  bool progress = false;           // since the scheduler set it to false: whether any thread has gone on
+  JumpBuffer scheduler;
 };
 
-struct Block {
+struct Block : RunningBlock {
   Cluster* cluster;
-  unsigned index = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<const char*> waiting;  // by thread, the operation it waits in, or kReturned; null: it can run
   std::vector<Warp> warps;
-  std::vector<char> shared;
   int at_barrier = 0, live = 0;
   std::map<uint32_t, Barrier> barriers;  // by their place in shared memory
   std::deque<BoxLoad> loads;             // that have not arrived
 
   Fiber* running = nullptr;
-  unsigned running_index = 0;
 };
 
 constexpr int kRankShift = 24;  // of an address in another block
@@ -103,8 +107,14 @@ Block* block = nullptr;  // of the running thread
 const char* const kBarrier = "__syncthreads";
 const char* const kClusterBarrier = "barrier.cluster";
 const char* const kMemoryBarrier = "mbarrier";
+const char* const kPolling = "a loop that polls memory";
 const char* const kReturned = "return";
 std::map<std::string, int64_t> grids;  // by the kernel's name, how many have run
+
+void enter_block(Block& b) {
+  block = &b;
+  running_block = &b;
+}
 
 Barrier& barrier_at(uint32_t offset) {
   const auto found = block->barriers.find(offset);
@@ -122,47 +132,54 @@ bool can_run(unsigned index) {
   return has_ended(f.barrier, f.parity);
 }
 
-[[noreturn]] void go_on_with(unsigned index) {
+// The functions that jump are not inlined: a jump back to the function that it is made from is not allowed.
+[[noreturn, gnu::noinline]] void jump(JumpBuffer& to) { __builtin_longjmp(to, 1); }
+
+[[noreturn, gnu::noinline]] void go_on_with(unsigned index) {
   Fiber& f = *block->fibers[index];
   block->running = &f;
-  block->running_index = index;
-  if (f.started) _longjmp(f.resume, 1);
+  block->thread = index;
+  if (f.started) jump(f.resume);
   f.started = true;
   setcontext(&f.start);
   fail("a thread does not start");
 }
 
 // From thread to scheduler and back are two switches: where another lane of the warp can run, one is enough.
-void suspend(const char* waiting) {
-  block->waiting[block->running_index] = waiting;
-  if (_setjmp(block->running->resume) != 0) return;
-  for (unsigned next = block->running_index + 1; next % kWarpThreads != 0; ++next)
+[[gnu::noinline]] void suspend(const char* waiting) {
+  block->waiting[block->thread] = waiting;
+  if (waiting != kPolling) block->cluster->progress = true;
+  if (__builtin_setjmp(block->running->resume) != 0) return;
+  for (unsigned next = block->thread + 1; next % kWarpThreads != 0; ++next)
     if (can_run(next)) go_on_with(next);
-  _longjmp(block->cluster->scheduler, 1);
+  jump(block->cluster->scheduler);
 }
 
+// A fiber runs one thread after the other.
 void enter_fiber() {
-  (*block->cluster->kernel)();
-  if (!block->running->stores.empty() || !block->running->open_stores.empty()) fail("it leaves stores behind");
-  block->waiting[block->running_index] = kReturned;
-  --block->live;
-  --block->cluster->live;
-  _longjmp(block->cluster->scheduler, 1);
+  while (true) {
+    (*block->cluster->kernel)();
+    const Fiber& f = *block->running;
+    if (!f.stores.empty() || !f.open_stores.empty()) fail("it leaves stores behind");
+    --block->live;
+    --block->cluster->live;
+    suspend(kReturned);
+  }
 }
 
-void resume(unsigned index) {
-  if (_setjmp(block->cluster->scheduler) == 0) go_on_with(index);
+[[gnu::noinline]] void resume(unsigned index) {
+  if (__builtin_setjmp(block->cluster->scheduler) == 0) go_on_with(index);
 }
 
-void prepare_fiber(Fiber& f) {
-  if (!f.stack) f.stack.reset(new char[kStackBytes]);
-  f.started = false;
+// For the next thread that it runs.
+void prepare_fiber(Fiber& f, unsigned index) {
+  f.polled = nullptr;
   f.open_group.clear();
   f.groups.clear();
-  f.open_stores.clear();
-  f.stores.clear();
+  if (f.stack) return;
+  f.stack.reset(new char[kStackBytes + kPageBytes]);
   getcontext(&f.start);
-  f.start.uc_stack.ss_sp = f.stack.get();
+  f.start.uc_stack.ss_sp = f.stack.get() + index % kWarpThreads * kStackShift;
   f.start.uc_stack.ss_size = kStackBytes;
   f.start.uc_link = nullptr;
   makecontext(&f.start, enter_fiber, 0);
@@ -208,7 +225,7 @@ void deliver_load(bool newest) {
 void deliver_store(Cluster& cluster) {
   const RemoteStore store = cluster.stores.front();
   cluster.stores.pop_front();
-  block = cluster.blocks[store.address >> kRankShift].get();
+  enter_block(*cluster.blocks[store.address >> kRankShift]);
   constexpr uint32_t kOffset = (uint32_t{1} << kRankShift) - 1;
   std::memcpy(shared_bytes(store.address & kOffset, 16), store.bytes, 16);
   Barrier& barrier = barrier_at(store.barrier & kOffset);
@@ -216,24 +233,22 @@ void deliver_store(Cluster& cluster) {
   barrier.end_phase_if_complete();
 }
 
-// Lets every thread of a block run as far as it gets, a warp at a time; whether any has moved.
-bool advance(Block& of, bool backward) {
+// Lets every thread of a block run as far as it gets, a warp at a time.
+void advance(Block& of, bool backward) {
   const auto warps = static_cast<unsigned>(of.warps.size());
-  bool progress = false;
   for (unsigned i = 0; i < warps; ++i) {
     const unsigned warp = backward ? warps - 1 - i : i;
     for (bool moved = true; moved;) {
       moved = false;
       for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
         const unsigned index = warp * kWarpThreads + lane;
-        block = &of;
+        enter_block(of);
         if (!can_run(index)) continue;
         resume(index);
-        moved = progress = true;
+        moved = true;
       }
     }
   }
-  return progress;
 }
 
 // Lets the threads that wait at a barrier go on.
@@ -241,12 +256,14 @@ void open_barrier(Block& of, const char* name) {
   std::replace(of.waiting.begin(), of.waiting.end(), name, static_cast<const char*>(nullptr));
 }
 
-// Until all threads of the cluster have returned.
+// Until all threads of the cluster have returned. Those that poll look once before the others run.
 void run_cluster(Cluster& cluster, bool backward) {
+  bool& progress = cluster.progress;
   while (cluster.live > 0) {
-    bool progress = false;
+    progress = false;
     for (const auto& b : cluster.blocks) {
-      progress |= advance(*b, backward);
+      open_barrier(*b, kPolling);
+      advance(*b, backward);
       if (b->at_barrier == 0 || b->at_barrier != b->live) continue;
       b->at_barrier = 0;
       open_barrier(*b, kBarrier);
@@ -259,7 +276,7 @@ void run_cluster(Cluster& cluster, bool backward) {
     }
     for (const auto& b : cluster.blocks) {
       if (progress || b->loads.empty()) continue;
-      block = b.get();
+      enter_block(*b);
       deliver_load(backward);
       progress = true;
     }
@@ -281,13 +298,12 @@ void perform(const std::vector<Copy>& group) {
 
 }  // namespace
 
-Index thread_index() { return {block->running_index}; }
-Index block_index() { return {block->index}; }
+RunningBlock* running_block = nullptr;
+
 Index grid_size() { return {block->cluster->grid}; }
-char* shared_memory() { return block->shared.data(); }
 
 void warp_operation(const char* name, WarpOperation operation, const void* in, void* out) {
-  const unsigned index = block->running_index;
+  const unsigned index = block->thread;
   Warp& warp = block->warps[index / kWarpThreads];
   if (warp.arrived == 0) warp.operation = name;
   if (warp.operation != name && warp.operation != std::string_view(name))
@@ -319,15 +335,13 @@ void wait_for_copies(int groups_left) {
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) perform(groups.front());
 }
 
-char* shared_bytes(uint32_t offset, int bytes) {
-  if (offset + static_cast<size_t>(bytes) > block->shared.size() || offset % bytes != 0)
-    fail("shared memory at " + std::to_string(offset) + " of " + std::to_string(block->shared.size()));
-  return block->shared.data() + offset;
+void fail_outside(uint32_t offset) {
+  fail("shared memory at " + std::to_string(offset) + " of " + std::to_string(block->shared.size()));
 }
 
 void fail(const std::string& what) {
   std::fprintf(stderr, "emulator: kernel %s, block %u, thread %u: %s\n", block->cluster->kernel_name, block->index,
-               block->running_index, what.c_str());
+               block->thread, what.c_str());
   for (const auto& b : block->cluster->blocks) {
     std::string before;
     for (size_t i = 0; i < b->fibers.size(); ++i) {
@@ -363,7 +377,20 @@ void wait_for_barrier(uint32_t offset, int parity) {
   f.barrier = offset;
   f.parity = parity;
   suspend(kMemoryBarrier);
-  block->waiting[block->running_index] = nullptr;
+  block->waiting[block->thread] = nullptr;
+}
+
+int poll(const int* global) {
+  Fiber& f = *block->running;
+  f.looks = f.polled == global && f.seen == *global ? f.looks + 1 : 0;
+  f.polled = global;
+  f.seen = *global;
+  // The first two looks may be one to know and one to acquire.
+  if (f.looks >= 2)
+    suspend(kPolling);
+  else
+    block->cluster->progress = true;
+  return *global;
 }
 
 int cluster_rank() { return static_cast<int>(block->index % block->cluster->blocks.size()); }
@@ -379,10 +406,10 @@ void store_later(uint32_t address, const void* bytes, uint32_t barrier) {
 }
 void arrive_in_block(uint32_t barrier) {
   Block* const own = block;
-  block = own->cluster->blocks[barrier >> kRankShift].get();
+  enter_block(*own->cluster->blocks[barrier >> kRankShift]);
   if (block->live == 0) fail("an arrival at a block that has ended");
   arrive_at_barrier(barrier & ((uint32_t{1} << kRankShift) - 1), 0);
-  block = own;
+  enter_block(*own);
 }
 
 void load_box_later(const BoxCopy& copy, uint32_t barrier) { block->loads.push_back({copy, barrier}); }
@@ -401,15 +428,15 @@ void wait_for_stores(int groups_left) {
 }
 
 void defer(std::function<void()> work) {
-  block->warps[block->running_index / kWarpThreads].open_group.push_back(std::move(work));
+  block->warps[block->thread / kWarpThreads].open_group.push_back(std::move(work));
 }
 void close_deferred_group() {
-  Warp& warp = block->warps[block->running_index / kWarpThreads];
+  Warp& warp = block->warps[block->thread / kWarpThreads];
   warp.groups.push_back(std::move(warp.open_group));
   warp.open_group.clear();
 }
 void wait_for_deferred(int groups_left) {
-  auto& groups = block->warps[block->running_index / kWarpThreads].groups;
+  auto& groups = block->warps[block->thread / kWarpThreads].groups;
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
     for (const auto& work : groups.front()) work();
 }
@@ -445,10 +472,10 @@ void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int 
       b.shared.assign(shared, static_cast<char>(0xff));
       b.live = threads;
       b.barriers.clear();
-      for (const auto& f : b.fibers) prepare_fiber(*f);
+      for (int i = 0; i < threads; ++i) prepare_fiber(*b.fibers[i], i);
       b.waiting.assign(threads, nullptr);
     }
-    block = state.blocks[0].get();
+    enter_block(*state.blocks[0]);
     run_cluster(state, backward);
     if (!state.stores.empty()) fail("a store to another block arrives after its end");
     for (const auto& b : state.blocks) {

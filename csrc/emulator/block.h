@@ -33,11 +33,22 @@ struct LaneOperands {
 // The operation: all 32 lanes at once.
 using WarpOperation = void (*)(const LaneOperands (&lanes)[kWarpThreads]);
 
+// Reports a mistake of the kernel and where every thread is, and aborts.
+[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail_outside(uint32_t offset);
+
+// What kernels ask for most often.
+struct RunningBlock {
+  unsigned index = 0, thread = 0;  // of the thread that runs
+  std::vector<char> shared;
+};
+extern RunningBlock* running_block;
+
 // The running thread.
-Index thread_index();
-Index block_index();
+inline Index thread_index() { return {running_block->thread}; }
+inline Index block_index() { return {running_block->index}; }
 Index grid_size();
-char* shared_memory();
+inline char* shared_memory() { return running_block->shared.data(); }
 
 // Waits until every lane of the warp has come here with the same `name`; the last one performs the operation.
 void warp_operation(const char* name, WarpOperation operation, const void* in, void* out);
@@ -50,7 +61,14 @@ void close_copy_group();
 void wait_for_copies(int groups_left);
 
 // `bytes` of shared memory at an offset; aborts where that is outside.
-char* shared_bytes(uint32_t offset, int bytes);
+inline char* shared_bytes(uint32_t offset, int bytes) {
+  std::vector<char>& shared = running_block->shared;
+  if (offset + static_cast<size_t>(bytes) > shared.size() || offset % bytes != 0) fail_outside(offset);
+  return shared.data() + offset;
+}
+
+// A number of global memory. A thread that looks at it again and again lets all others run in between.
+int poll(const int* global);
 
 // The block's number in its cluster; where all threads of the cluster wait for each other.
 int cluster_rank();
@@ -60,9 +78,6 @@ uint32_t in_block(uint32_t offset, int rank);
 // 16 bytes that arrive when no thread can go on without them, counted by a barrier of the same block.
 void store_later(uint32_t address, const void* bytes, uint32_t barrier);
 void arrive_in_block(uint32_t barrier);
-
-// Reports a mistake of the kernel and where every thread is, and aborts.
-[[noreturn]] void fail(const std::string& what);
 
 // mbarrier: its phase ends when `count` threads have arrived and all bytes that are expected have come.
 void init_barrier(uint32_t offset, int count);

@@ -1,4 +1,4 @@
-#include "block.h"
+#include "ptx_sm80.h"
 
 // The arithmetic of tensor cores, in a file of its own: it is compiled for speed, which the kernels are not.
 
@@ -23,3 +23,31 @@ void add_product(int rows, int cols, int depth, const float* a, const float* b, 
 }
 
 }  // namespace fae::emulator
+
+namespace fae::sm80 {
+
+template <class T>
+void multiply_fragments(const LaneOperands (&lanes)[32]) {
+  constexpr int kPerWord = 4 / sizeof(T), kHalf = 4 * kPerWord;  // columns of A in its first two registers
+  float a[16][2 * kHalf], b[2 * kHalf][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& in = *static_cast<const MmaOperands<T>*>(lanes[lane].in);
+    const int g = lane / 4, t = lane % 4;
+    for (int e = 0; e < kPerWord; ++e) {
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t * kPerWord + e + i / 2 * kHalf] = element<T>((*in.a)[i], e);
+      for (int i = 0; i < 2; ++i) b[t * kPerWord + e + i * kHalf][g] = element<T>((*in.b)[i], e);
+    }
+  }
+  float sum[16][8] = {};
+  emulator::add_product(16, 8, 2 * kHalf, a[0], b[0], sum[0]);
+  for (int lane = 0; lane < 32; ++lane) {
+    float (&d)[4] = *static_cast<const MmaOperands<T>*>(lanes[lane].in)->d;
+    for (int i = 0; i < 4; ++i) d[i] += sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+template void multiply_fragments<float>(const LaneOperands (&)[32]);
+template void multiply_fragments<__nv_bfloat16>(const LaneOperands (&)[32]);
+template void multiply_fragments<__half>(const LaneOperands (&)[32]);
+
+}  // namespace fae::sm80

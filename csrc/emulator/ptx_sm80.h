@@ -95,37 +95,21 @@ float element(uint32_t word, int e) {
   return to_float(x);
 }
 
+// In products.cpp, which is compiled for speed.
+template <class T>
+void multiply_fragments(const LaneOperands (&lanes)[32]);
+
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
   const MmaOperands<T> operands{&d, &a, &b};
-  emulator::warp_operation(
-      "mma",
-      [](const LaneOperands(&lanes)[32]) {
-        constexpr int kPerWord = 4 / sizeof(T), kHalf = 4 * kPerWord;  // columns of A in its first two registers
-        float a[16][2 * kHalf], b[2 * kHalf][8];
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto& in = *static_cast<const MmaOperands<T>*>(lanes[lane].in);
-          const int g = lane / 4, t = lane % 4;
-          for (int e = 0; e < kPerWord; ++e) {
-            for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t * kPerWord + e + i / 2 * kHalf] = element<T>((*in.a)[i], e);
-            for (int i = 0; i < 2; ++i) b[t * kPerWord + e + i * kHalf][g] = element<T>((*in.b)[i], e);
-          }
-        }
-        float sum[16][8] = {};
-        emulator::add_product(16, 8, 2 * kHalf, a[0], b[0], sum[0]);
-        for (int lane = 0; lane < 32; ++lane) {
-          float (&d)[4] = *static_cast<const MmaOperands<T>*>(lanes[lane].in)->d;
-          for (int i = 0; i < 4; ++i) d[i] += sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-        }
-      },
-      &operands, nullptr);
+  emulator::warp_operation("mma", multiply_fragments<T>, &operands, nullptr);
 }
 
 inline void add_to_global(float* p, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) p[i] += x[i];
 }
-inline int load_acquire(const int* p) { return *p; }
-inline int load_relaxed(const int* p) { return *p; }
+inline int load_acquire(const int* p) { return emulator::poll(p); }
+inline int load_relaxed(const int* p) { return emulator::poll(p); }
 inline void store_release(int* p, int x) { *p = x; }
 
 }  // namespace fae::sm80
