@@ -53,6 +53,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranges: about how large numbers become, for which float16 is emulated, too")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests that differ in the device alone beside each other: what they expect is then computed once."""
+    first: dict[str, int] = {}
+
+    def place(item: pytest.Item) -> int:
+        name, _, parameters = item.nodeid.partition("[")
+        if given := getattr(item, "callspec", None):
+            parameters = parameters.removeprefix(str(given.params.get("device")))
+            parameters = parameters.removeprefix(f"-{DTYPE_NAMES.get(given.params.get('dtype'))}")
+        return first.setdefault(f"{name}[{parameters}", len(first))
+
+    items.sort(key=place)
+
+
 def pytest_report_header() -> str:
     missing = [level for level in ALL_CPU_LEVELS if level not in CPU_LEVELS]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
