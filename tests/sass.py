@@ -1,4 +1,4 @@
-"""Reads the machine code of GPU kernels, as cuobjdump prints it."""
+"""Reads the machine code of GPU kernels, as nvdisasm prints it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,67 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 PRODUCTS = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA)\b")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 
 
-def cuobjdump() -> str | None:
-    """The program, on PATH or from its Python package (which needs the one of nvdisasm beside it)."""
+def programs() -> dict[str, str] | None:
+    """cuobjdump and nvdisasm, on PATH or from their Python packages."""
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = [str(path.parent) for path in packages.glob("*/bin/cuobjdump")]
-    return shutil.which("cuobjdump") or next((shutil.which("cuobjdump", path=folder) for folder in found), None)
+    folders = [str(path) for path in packages.glob("*/bin")]
+    found = {}
+    for name in ("cuobjdump", "nvdisasm"):
+        places = (shutil.which(name), *(shutil.which(name, path=folder) for folder in folders))
+        if not (program := next(filter(None, places), None)):
+            return None
+        found[name] = program
+    return found
 
 
-def kernels(library: Path, names: Iterable[str]) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Name and (address, instruction) of these kernels, for every architecture that the file has code for."""
-    program = cuobjdump()
-    assert program
-    command = [program, "--dump-sass", "--function", ",".join(names), library]
-    search = {"PATH": str(Path(program).parent)}
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=search).stdout
-    for function in re.split(r"\n\s*Function : ", text)[1:]:
-        name, _, body = function.partition("\n")
-        yield name, [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", body)]
+def kernels(library: Path, names: Collection[str]) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Name and (address, instruction) of these kernels, for every architecture that the file has code for.
+
+    `cuobjdump --dump-sass` takes three times as long: it disassembles all others too.
+    """
+    found = programs()
+    assert found
+    with tempfile.TemporaryDirectory() as folder:
+        _output(found["cuobjdump"], "--extract-elf", "all", library, folder=folder)
+        for elf in sorted(Path(folder).iterdir()):
+            symbols = re.findall(r"^ *(\d+):.*\bFUNC\b.* (\S+)$", _output("readelf", "-sW", elf), re.MULTILINE)
+            wanted = [index for index, name in symbols if name in names]
+            if wanted:
+                yield from _functions(_output(found["nvdisasm"], "-c", "-fun", ",".join(wanted), elf))
+
+
+def _output(*command: object, folder: str | None = None) -> str:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
+def _functions(text: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Of nvdisasm's text, which has labels where branches go to: they get their addresses."""
+    line = re.compile(r"^(?:(\.L_\w+):|\s+/\*([0-9a-f]{4,})\*/\s+(.*?);)", re.MULTILINE)
+    for function in re.split(r"^\t\.section\t\.text\.", text, flags=re.MULTILINE)[1:]:
+        labels: dict[str, str] = {}
+        waiting: list[str] = []
+        instructions: list[tuple[int, str]] = []
+        for label, at, what in line.findall(function):
+            if label:
+                waiting.append(label)
+                continue
+            labels |= dict.fromkeys(waiting, hex(int(at, 16)))
+            waiting = []
+            instructions.append((int(at, 16), what))
+
+        def address(label: re.Match[str], labels: dict[str, str] = labels) -> str:
+            return labels.get(label[1], label[0])
+
+        name = re.split(r"[,\s]", function, maxsplit=1)[0]
+        yield name, [(at, re.sub(r"`\((\.L_\w+)\)", address, what)) for at, what in instructions]
 
 
 def main_loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
@@ -41,7 +78,7 @@ def main_loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
     before: list[list[int]] = [[] for _ in instructions]
     back: dict[int, list[int]] = {}  # from heads to the branches that go back to them
     for i, (_, what) in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what)
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what) if "BRA" in what else None
         target = index.get(int(branch[1], 16)) if branch else None
         if target is not None:
             before[target].append(i)

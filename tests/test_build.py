@@ -116,8 +116,8 @@ def test_main_loops_do_not_spill() -> None:
     spill beside thousands of instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
-    if not sass.cuobjdump():
-        pytest.skip("there is no cuobjdump (Python packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)")
+    if not sass.programs():
+        pytest.skip("no cuobjdump or nvdisasm (Python packages nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)")
     stacks = Counter[str]()  # by kernel, the largest of its architectures
     reported = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack", re.DOTALL)
     for log in ptxas_logs().values():
@@ -128,7 +128,7 @@ def test_main_loops_do_not_spill() -> None:
     plain = {mangled: found[1] for mangled, name in names.items() if (found := re.search(f"{small}{PLAIN}>", name))}
     assert set(plain.values()) == {"sm80", "sm90"}
 
-    for mangled, instructions in sass.kernels(CUDA_LIBRARY, [mangled for mangled, stack in stacks.items() if stack]):
+    for mangled, instructions in sass.kernels(CUDA_LIBRARY, {mangled for mangled, stack in stacks.items() if stack}):
         name = names[mangled]
         if not (loops := list(sass.main_loops(instructions))):
             continue
