@@ -6,9 +6,11 @@ repr into test_attention.py to keep it.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import BIAS_VALUES, DOUT_LAYOUTS, DTYPES, LAYOUTS, VALUES, Case, check
-from hypothesis import given, note
+from conftest import EXAMPLES
+from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
@@ -89,15 +91,26 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 AVAILABLE = _C.build_info()["cpu_levels_available"]
 
 
-@given(case=problems(), level=st.sampled_from(LEVELS), threads=st.sampled_from((1, 2)))
-def test_drawn_problem(case: Case, level: str, threads: int) -> None:
-    level = level if level in AVAILABLE else AVAILABLE[LEVELS.index(level) % len(AVAILABLE)]
-    note(f"_C.set_cpu_level({level!r}); torch.set_num_threads({threads})")
-    before = torch.get_num_threads()
-    _C.set_cpu_level(level)
-    torch.set_num_threads(threads)
-    try:
-        check(case)
-    finally:
-        torch.set_num_threads(before)
-        _C.set_cpu_level("")
+PARTS = 4  # for processes that run in parallel
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_drawn_problem(part: int) -> None:
+    # One more, because all parts begin with the simplest problem.
+    @settings(max_examples=EXAMPLES // PARTS + 1)
+    @given(case=problems(), level=st.sampled_from(LEVELS), threads=st.sampled_from((1, 2)))
+    def drawn(case: Case, level: str, threads: int) -> None:
+        level = level if level in AVAILABLE else AVAILABLE[LEVELS.index(level) % len(AVAILABLE)]
+        note(f"_C.set_cpu_level({level!r}); torch.set_num_threads({threads})")
+        before = torch.get_num_threads()
+        _C.set_cpu_level(level)
+        torch.set_num_threads(threads)
+        try:
+            check(case)
+        finally:
+            torch.set_num_threads(before)
+            _C.set_cpu_level("")
+
+    if settings.default.derandomize:
+        drawn = seed(part)(drawn)
+    drawn()
