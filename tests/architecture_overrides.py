@@ -1,5 +1,7 @@
 """What `architectures` cannot find by the names of configs' entries and of forward's arguments, one model a line.
 
+Some it finds, but only after most of a minute, among other models, configs and larger images.
+
 A model that is named here is built from its small config with these entries in place of its own, and run on these
 inputs, where there are any.
 """
@@ -115,6 +117,10 @@ def text(**others: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids(), "attention_mask": mask(), **others}
 
 
+def image(height: int, width: int | None = None) -> dict[str, Tensor]:
+    return {"pixel_values": noise(2, 3, height, width or height)}
+
+
 def ids_only() -> dict[str, Tensor]:
     return {"input_ids": ids()}
 
@@ -188,7 +194,10 @@ def shared_keys(seqlen: int, **heads_and_dim: tuple[int, int]) -> dict[str, Any]
 
 
 OVERRIDES: dict[str, Override] = {
+    "align": Override("AlignModel", inputs=lambda: text(**image(64))),
     "bamba": Override(config={**MAMBA, "attn_layer_indices": [1]}),
+    "blip_2": Override("Blip2VisionModel", inputs=lambda: image(224)),
+    "blt": Override("BltPatcher", inputs=text),
     "chameleon": Override(config={"vocabulary_map": CHAMELEON_WORDS, "vq_config": VQ}, inputs=text),
     "chmv2": Override(
         config={
@@ -200,11 +209,13 @@ OVERRIDES: dict[str, Override] = {
     "cohere_compass": Override(
         "CohereCompassTextModel", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     ),
+    "d_fine": Override("DFineModel", inputs=lambda: image(128)),
     "dbrx": Override(config={"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}}),
     "deepseek_ocr2": Override("DeepseekOcr2TextModel", {"mlp_layer_types": ["dense", "sparse"], "n_group": 1}),
     "deformable_detr": Override(
         config={"backbone_config": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1] * 4).to_dict()}
     ),
+    "deimv2": Override("Deimv2Model", inputs=lambda: image(128)),
     "dory": Override(
         config={
             **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
@@ -263,6 +274,7 @@ OVERRIDES: dict[str, Override] = {
         {**INKLING, **LOOPED},
     ),
     "lfm2_moe": Override(config={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "maskformer": Override("MaskFormerModel", inputs=lambda: image(64)),
     "mistral_large4": Override(
         "MistralLarge4TextModel",
         {"qk_rope_head_dim": 8, "index_topk": 4, "index_n_heads": 4, "indexer_types": ["full"] * 2},
@@ -284,7 +296,12 @@ OVERRIDES: dict[str, Override] = {
         ),
     ),
     "pix2struct": Override("Pix2StructTextModel", {"initializer_range": 0.02}),
+    "pp_doclayout_v2": Override("PPDocLayoutV2Model", inputs=lambda: image(128)),
+    "pp_doclayout_v3": Override("PPDocLayoutV3Model", inputs=lambda: image(128)),
+    "pp_doclayout_v4": Override("PPDocLayoutV4Model", inputs=lambda: image(128)),
     "pp_ocrv5_mobile_rec": Override(inputs=lambda: {"pixel_values": noise(1, 3, 96, 64)}),
+    "pp_ocrv5_server_rec": Override("PPOCRV5ServerRecForTextRecognition", inputs=lambda: image(48, 64)),
+    "pp_ocrv6_small_rec": Override("PPOCRV6SmallRecForTextRecognition", inputs=lambda: image(48, 64)),
     "qwen4_exp": Override(
         "Qwen4ExpTextModel",
         {
@@ -295,9 +312,12 @@ OVERRIDES: dict[str, Override] = {
             "indexer_compress_ratio": 2,
         },
     ),
+    "rt_detr": Override("RTDetrModel", inputs=lambda: image(128)),
+    "rt_detr_v2": Override("RTDetrV2Model", inputs=lambda: image(128)),
     "sam": Override(
         config={"vision_config": SAM_VISION, "prompt_encoder_config": SAM_PROMPTS}, inputs=lambda: points(64)
     ),
+    "sam2": Override("Sam2VisionModel", inputs=lambda: image(64)),
     "sam_hq": Override(
         config={"vision_config": SAM_VISION, "prompt_encoder_config": SAM_PROMPTS}, inputs=lambda: points(64)
     ),
