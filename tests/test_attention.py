@@ -198,6 +198,7 @@ def nothing_is_zero_by_chance():
         Case(batch=2, seqlen_q=140, seqlen_k=133, head_dim=128, bias="1h1k"),
         Case(batch=2, seqlen_q=70, seqlen_k=136, head_dim=64, bias="bhq1"),
         Case(batch=2, seqlen_q=70, seqlen_k=136, head_dim=192, bias="bhqk"),
+        Case(batch=2, seqlen_q=5, seqlen_k=0, bias="b1q1"),
     ],
     ids=str,
 )

@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   p.deterministic = g.deterministic;
   Runner runner(in.q);
   const Backend& backend = choose_backend(p, in.q.is_cuda());
-  // Backends may leave out what is hidden.
-  if (p.hides_scores()) torch::stable::zero_(dbias);
+  // Backends may leave out what is hidden. Without keys, a bias that is the same for all of them still has elements.
+  if (p.hides_scores() || p.max_seqlen_k == 0) torch::stable::zero_(dbias);
   if (has_other_rows_q(in) && !backend.writes_all_rows) torch::stable::zero_(dq);
   if (has_other_rows_k(in) && !backend.writes_all_rows) clear_keys();
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));
