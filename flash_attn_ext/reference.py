@@ -368,20 +368,21 @@ def dropout_keep_mask(
     """Which probabilities dropout keeps: bool (batch, heads, seqlen_q, seqlen_k), True = kept.
 
     A pure function of (seed, offset, batch, head, row, column), whatever the tiling: csrc/core/philox.h says how the
-    bits are numbered. Each element owns 16 bits and is dropped when they are below dropout_p, rounded to 2^-16.
+    bits are numbered. Each element owns 15 bits and is dropped when they are below dropout_p, rounded to 2^-15.
     rng_state: int64 (2,), seed and offset. The part that is wanted begins at first_batch and first_key, 16 times n.
     """
     seed, offset = rng_state.unbind()
     # A block of 16 x 16 elements takes 8 x 4 calls, each of which serves rows {r, r + 8} by columns {c, c + 1, c + 8,
-    # c + 9}: the column picks one of its four words, the row one half of that.
+    # c + 9}: row and column pick one of its four words, the column one half of that.
     blocks_q, blocks_k = (seqlen_q + 15) // 16, (seqlen_k + 15) // 16
     ranges = (torch.arange(n, device=rng_state.device) for n in (batch * heads, blocks_q * 8, blocks_k * 4))
     batch_head, row, col = torch.meshgrid(*ranges, indexing="ij")
     place = (col + first_key // 4, row, batch_head + first_batch * heads, (offset & _WORD).expand_as(col))
     words = philox4x32(torch.stack(place, -1), torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
-    words = words.reshape(batch * heads, blocks_q, 8, blocks_k, 4, 2, 2)  # row % 8; column / 2 % 4, / 8 % 2 and % 2
-    bits = torch.stack((words & 0xFFFF, words >> 16), 2).transpose(-2, -3)
-    keep = bits.reshape(batch, heads, blocks_q * 16, blocks_k * 16) >= math.floor(dropout_p * 65536 + 0.5)
+    # By row % 8, column / 2 % 4, column / 8 % 2, row / 8 % 2.
+    words = words.reshape(batch * heads, blocks_q, 8, blocks_k, 4, 2, 2)
+    bits = torch.stack((words & 0x7FFF, words >> 16 & 0x7FFF), -1).permute(0, 1, 6, 2, 3, 5, 4, 7)
+    keep = bits.reshape(batch, heads, blocks_q * 16, blocks_k * 16) >= math.floor(dropout_p * 2**15 + 0.5)
     return keep[:, :, :seqlen_q, :seqlen_k]
 
 

@@ -220,14 +220,14 @@ def test_dropout_bits_are_those_of_the_specification(seed: int, offset: int) -> 
             for b in range(batch)
         ]
     )
-    assert bits.unique().numel() > 0.9 * bits.numel()  # 16 bits each: among 8,880 draws about 560 coincide
+    assert bits.unique().numel() > 0.85 * bits.numel()  # 15 bits each: among 8,880 draws about 1,100 coincide
     for p in (0.0, 1e-6, 0.1, 0.5, 0.999, 1.0):
         kept = reference.dropout_keep_mask(torch.tensor([seed, offset]), batch, heads, rows, cols, p)
         assert torch.equal(bits >= core.dropout_threshold(p), kept)
 
 
 @pytest.mark.parametrize(
-    ("p", "threshold", "scale"), [(0.0, 0, 1.0), (0.5, 32768, 2.0), (2**-16, 1, 1 / (1 - 2**-16)), (1.0, 65536, 0.0)]
+    ("p", "threshold", "scale"), [(0.0, 0, 1.0), (0.5, 2**14, 2.0), (2**-15, 1, 1 / (1 - 2**-15)), (1.0, 2**15, 0.0)]
 )
 def test_dropout_threshold_and_scale(p: float, threshold: int, scale: float) -> None:
     assert core.dropout_threshold(p) == threshold

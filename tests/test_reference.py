@@ -258,8 +258,8 @@ def dropout_by_hand(rng_state: Tensor, batch_head: int, row: int, seqlen_k: int,
         row_group, col_group = (row >> 4) * 8 + (row & 7), (col >> 4) * 4 + ((col >> 1) & 3)
         counter = torch.tensor([col_group, row_group, batch_head, offset % 2**32])
         words = reference.philox4x32(counter, torch.tensor([seed % 2**32, seed >> 32]))
-        word = int(words[((col >> 3) & 1) * 2 + (col & 1)])
-        keep.append(((word >> (16 if row & 8 else 0)) & 0xFFFF) >= round(dropout_p * 65536))
+        word = int(words[((row >> 3) & 1) + ((col >> 3) & 1) * 2])
+        keep.append(((word >> (16 if col & 1 else 0)) & 0x7FFF) >= round(dropout_p * 2**15))
     return keep
 
 

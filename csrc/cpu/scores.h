@@ -59,12 +59,14 @@ class ScoreTerms {
   void dropout_factors(int64_t row, int64_t key0, int64_t col_begin, int64_t col_end, T* factors) const {
     const uint32_t threshold = dropout_threshold(p_.dropout_p);
     const T kept = static_cast<T>(dropout_scale(p_.dropout_p));
-    const int shift = DropoutBits::shift_of(row);
+    const int64_t row_group = DropoutBits::row_group(row);
     for (int64_t col = col_begin / 16 * 16; col < col_end; col += 16) {
-      Philox4 block[4];
-      bits_.blocks(block, [&](int) { return row; }, [&](int i) { return key0 + col + 2 * i; });
+      const int64_t col_group = DropoutBits::col_group(key0 + col);
+      Philox4 calls[DropoutBits::kColGroups];
+      bits_.calls(calls, [&](int) { return row_group; }, [&](int i) { return col_group + i; });
       for (int j = 0; j < 16; ++j) {
-        const uint32_t bits = (block[j / 2 % 4].word[DropoutBits::word_of(j)] >> shift) & 0xffffu;
+        const uint32_t word = calls[j / 2 % 4].word[DropoutBits::word_of(row, j)];
+        const uint32_t bits = word >> DropoutBits::shift_of(j) & DropoutBits::kMask;
         factors[col + j] = bits < threshold ? T(0) : kept;
       }
     }

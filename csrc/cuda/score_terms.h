@@ -7,6 +7,7 @@
 #include "../core/softmax.h"
 #include "accumulator.h"
 #include "approx.h"
+#include "dropout.h"
 
 // What core/score.h says about scores, on an accumulator that holds q.k of some rows and columns of one head.
 
@@ -25,15 +26,15 @@ __device__ __forceinline__ int extent_of(int length, int64_t size) {
   return size == 1 || length < size ? length : static_cast<int>(size);
 }
 
-// Puts -inf where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
+// Puts `hidden` where a row does not see a key. `row0`, `col0`: where the accumulator begins. Some row must see a key.
 template <class Scores>
-__device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0) {
+__device__ __forceinline__ void mask_band(Scores& s, const DeviceBand& band, int row0, int col0,
+                                          float hidden = minus_infinity<float>()) {
   const int diagonal = col0 - row0 - band.first, cols = band.seqlen_k - col0;
   const unsigned width = static_cast<unsigned>(band.last - band.first);
   s.for_each([&](int m, int half, int n, int e) {
     const int row = s.row(m, half), col = s.col(n, e);
-    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols)
-      s.at(m, half, n, e) = minus_infinity<float>();
+    if (static_cast<unsigned>(diagonal + col - row) > width || col >= cols) s.at(m, half, n, e) = hidden;
   });
 }
 
@@ -95,7 +96,8 @@ struct ScoreConstants {
   float softcap;        // 0: there is none
   float scale_softcap;  // products in units of the cap
   float kept_weight;    // of what dropout keeps
-  uint32_t dropped;     // random words up to this one, by their upper half; 0: nothing is
+  uint32_t dropped;     // random bits up to these, which begin at the topmost one; 0: nothing is
+  uint32_t threshold;   // of dropout, in both halves, for kept_halves
   SoftcapSeries softcap_series;
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
@@ -104,11 +106,12 @@ struct ScoreConstants {
         scale_softcap(p.softcap > 0 ? limited(p.softmax_scale / p.softcap) : 0.0f),
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
         dropped(last_dropped(dropout_threshold(p.dropout_p))),
+        threshold(dropout_threshold(p.dropout_p) * 0x10001u),
         softcap_series(p) {}
   FAE_INLINE bool drops() const { return kept_weight != 1; }
   // Half of a word decides: number 0 the lower one, 1 the upper one.
   FAE_INLINE bool keeps(uint32_t word, int half) const {
-    return (half == 0 ? word << 16 : word) > dropped || dropped == 0;
+    return word << (half == 0 ? kUnused + 16 : kUnused) > dropped || dropped == 0;
   }
 
  private:
@@ -116,7 +119,10 @@ struct ScoreConstants {
     constexpr double kMost = 1e37;
     return static_cast<float>(x > kMost ? kMost : x < -kMost ? -kMost : x);
   }
-  static FAE_INLINE uint32_t last_dropped(uint32_t threshold) { return threshold == 0 ? 0 : (threshold << 16) - 1; }
+  static constexpr int kUnused = 16 - DropoutBits::kBits;  // bits of a half
+  static FAE_INLINE uint32_t last_dropped(uint32_t threshold) {
+    return threshold == 0 ? 0 : (threshold << (16 + kUnused)) - 1;
+  }
 };
 
 // tanh to 2^-22, of the largest value: scores are no more exact than the 16-bit numbers that they come from.
@@ -169,62 +175,20 @@ class ScoreTerms {
   // f(m, half, n, e, kept) for every element: whether dropout keeps it. row0 and col0 are multiples of 16.
   template <class Scores, class F>
   __device__ __forceinline__ void dropout(const Scores& s, int row0, int col0, F&& f) const {
-    if constexpr (Scores::kNeighbours)
-      drop_whole_calls(s, row0, col0, f);
-    else
-      drop_half_calls(s, row0, col0, f);
+    for_each_dropout_call(s, row0, col0, [&](int i, int k, const uint32_t (&words)[4]) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        for_each_in_register<Scores>(
+            i, k, r, [&](int b, int m, int half, int n, int e) { f(m, half, n, e, constants_.keeps(words[r], b)); });
+    });
+  }
+  // The words of random bits for that (dropout.h).
+  template <class Scores, class F>
+  __device__ __forceinline__ void for_each_dropout_call(const Scores& s, int row0, int col0, F&& f) const {
+    cuda::for_each_dropout_call(dropout_bits(p_, batch_, head_), s, row0, col0, f);
   }
 
  private:
-  template <class Scores, class F>
-  __device__ __forceinline__ void drop_whole_calls(const Scores& s, int row0, int col0, F&& f) const {
-    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces, kCalls = N % 8 == 0 ? 4 : N % 4 == 0 ? 2 : 1;
-    static_assert(N % (2 * kCalls) == 0);
-    const DropoutBits bits = dropout_bits(p_, batch_, head_);
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int n = 0; n < N; n += 2 * kCalls) {
-        Philox4 blocks[kCalls];
-        bits.blocks(blocks, [&](int) { return row0 + s.row(m, 0); }, [&](int i) { return col0 + s.col(n + 2 * i, 0); });
-#pragma unroll
-        for (int i = 0; i < kCalls; ++i)
-#pragma unroll
-          for (int word = 0; word < 4; ++word)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-              f(m, half, n + 2 * i + word / 2, word % 2, constants_.keeps(blocks[i].word[word], half));
-      }
-  }
-  // For a lane that has two neighbouring rows of one column, and with them half of each call's bits. The other
-  // half is that of the lane with the column beside it: of two calls each makes one.
-  template <class Scores, class F>
-  __device__ __forceinline__ void drop_half_calls(const Scores& s, int row0, int col0, F&& f) const {
-    constexpr int M = Scores::kRowPieces, N = Scores::kColPieces;
-    static_assert(M % 2 == 0);
-    const DropoutBits bits = dropout_bits(p_, batch_, head_);
-    const bool odd = s.col(0, 0) % 2 != 0;
-#pragma unroll
-    for (int pair = 0; pair < M / 2; ++pair) {
-      Philox4 blocks[N];
-      bits.blocks(blocks, [&](int) { return row0 + s.row(2 * pair, odd); }, [&](int n) { return col0 + s.col(n, 0); });
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint32_t even_word = blocks[n].word[2 * e], odd_word = blocks[n].word[2 * e + 1];
-          const uint32_t mine = odd ? odd_word : even_word;
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_word : odd_word, 4);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t word = odd == (half != 0) ? mine : other;
-            f(2 * pair, half, n, e, constants_.keeps(word, 0));
-            f(2 * pair + 1, half, n, e, constants_.keeps(word, 1));
-          }
-        }
-    }
-  }
-
   // f(m, half, n, e, x) for every element of a matrix over the scores, as type E, that belongs to an element of `s`.
   template <class E, class Scores, class F>
   __device__ __forceinline__ void for_each_inside(const ScoreView& view, const Scores& s, int row0, int col0,

@@ -18,7 +18,7 @@ FAE_INLINE Terms terms_of(const Problem& p) {
   if (p.alibi_slopes) return Terms::alibi;
   if (has_bias) return p.bias.dtype == p.dtype && p.bias.stride_col == 1 ? Terms::bias : Terms::any;
   if (has_mask) return p.mask.stride_col == 1 ? Terms::mask : Terms::any;
-  if (p.dropout_p > 0) return p.dropout_p < 1 ? Terms::dropout : Terms::any;
+  if (p.dropout_p > 0) return dropout_threshold(p.dropout_p) <= kMostHalvesThreshold ? Terms::dropout : Terms::any;
   return SoftcapSeries::holds(p) ? Terms::softcap : Terms::any;
 }
 

@@ -100,5 +100,13 @@ inline void __threadfence() {}
 
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> (4 * i) & 7;
+    result |= ((byte < 4 ? x : y) >> (byte % 4 * 8) & 0xff) << (8 * i);
+  }
+  return result;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

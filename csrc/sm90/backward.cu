@@ -217,10 +217,17 @@ class BackwardComputer {
   }
 
   // Dropped probabilities become negative.
-  __device__ __forceinline__ static void mark_dropped(Scores& scores, const cuda::ScoreTerms<T>& terms, int row,
-                                                      int key) {
-    terms.dropout(scores, row, key, [&](int m, int half, int n, int e, bool kept) {
-      if (!kept) scores.at(m, half, n, e) *= -1.0f;
+  __device__ __forceinline__ void mark_dropped(Scores& scores, const cuda::ScoreTerms<T>& terms, int row,
+                                               int key) const {
+    terms.for_each_dropout_call(scores, row, key, [&](int i, int k, const uint32_t (&words)[4]) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t dropped = ~cuda::kept_halves(words[r], call_.constants.threshold);
+        cuda::for_each_in_register<Scores>(i, k, r, [&](int b, int m, int half, int n, int e) {
+          float& x = scores.at(m, half, n, e);
+          x = __uint_as_float(__float_as_uint(x) | ((b == 0 ? dropped << 16 : dropped) & 0x80000000u));
+        });
+      }
     });
   }
   // P and dS of those, both without the weight of what is kept, which comes with the results: dS = P (dP - delta) where

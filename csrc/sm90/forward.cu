@@ -177,8 +177,8 @@ class Computer {
     finish_scores(block, edge);
     follow();
     release_overlay();
-    drop(block);
-    pack_p();
+    if constexpr (kTerms == Terms::any) drop(block);
+    pack_p(block);
   }
 
   // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. kEdge: not every row sees all keys.
@@ -205,13 +205,13 @@ class Computer {
       factors = follow();
     }
     release_overlay();
-    drop(block);
+    if constexpr (kTerms == Terms::any) drop(block);
 
     wait_products<0>();
     fence_registers(scores_.x[0]);
     fence_registers(output_.x[0]);
     release(v_);
-    pack_p();
+    pack_p(block);
     if (kKeeps ? moved : factors.any_moved()) cuda::rescale(output_, factors);
   }
 
@@ -307,23 +307,30 @@ class Computer {
     return cuda::follow_maximum<kNatural>(states_, scores_, exponent_scale(), keep);
   }
 
-  // What dropout takes from P counts in l.
-  __device__ __forceinline__ void drop(int block) {
-    if (kTerms != Terms::dropout && !(kTerms == Terms::any && call_.constants.drops())) return;
-    const Work tile = work();
-    terms(tile).dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
-                        [&](int m, int half, int n, int e, bool kept) {
-                          if (!kept) scores_.at(m, half, n, e) = 0;
-                        });
-  }
-
-  __device__ __forceinline__ void pack_p() {
+  // P as left operand of O. What dropout takes from it counts in l.
+  __device__ __forceinline__ void pack_p(int block) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const sm80::FragmentA<T> fragment = sm80::as_left_operand<T>(scores_, 0, k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) p_fragments_[k][i] = fragment.x[i];
     }
+    if constexpr (kTerms == Terms::dropout) {
+      const Work tile = work();
+      terms(tile).for_each_dropout_call(
+          scores_, row_begin(tile) + warp_row_, block * Config::kKeys, [&](int, int k, const uint32_t (&words)[4]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p_fragments_[k][i] &= cuda::kept_halves(words[i], call_.constants.threshold);
+          });
+    }
+  }
+  __device__ __forceinline__ void drop(int block) {
+    if (!call_.constants.drops()) return;
+    const Work tile = work();
+    terms(tile).dropout(scores_, row_begin(tile) + warp_row_, block * Config::kKeys,
+                        [&](int m, int half, int n, int e, bool kept) {
+                          if (!kept) scores_.at(m, half, n, e) = 0;
+                        });
   }
 
   // O / l and lse = m + log l, the sink counted in.
