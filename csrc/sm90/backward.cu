@@ -159,7 +159,9 @@ class BackwardComputer {
       const Step step = read_struct<Step>(memory_.step(step_));
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int row = step.row_begin, key = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_;
-      if (!kNeedsPlace || step.is_edge(warpgroup_)) cuda::mask_band(scores_, keys.band, row, key);
+      if (!kNeedsPlace || step.is_edge(warpgroup_))
+        cuda::mask_band(scores_, keys.band, row, key,
+                        kTerms == Terms::softcap ? kHiddenCapped : minus_infinity<float>());
       if constexpr (kTerms == Terms::alibi)
         cuda::Alibi(scores_, alibi_slope(p_, keys.batch, step.head) * cuda::kLog2e,
                     row + keys.band.seqlen_k - keys.band.seqlen_q - key)
@@ -193,7 +195,10 @@ class BackwardComputer {
     }
   }
 
-  // P, which leaves at once, of capped scores; what dS needs of it takes their place.
+  // What is hidden of capped scores: P is 0, and the square a number.
+  static constexpr float kHiddenCapped = -1e18f;
+  // P, which leaves at once, of capped scores; what dS needs of it takes their place. Such scores are small, and so is
+  // what rounding adds to the logarithm of P.
   __device__ __forceinline__ void exponentiate_capped(Scores& scores) {
     using Part = cuda::PlacedAccumulator<2, 1>;
     const float cap_log2 = call_.constants.softcap * cuda::kLog2e, inverse_square = -1 / (cap_log2 * cap_log2);
@@ -206,10 +211,9 @@ class BackwardComputer {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = scores.at(2 * k + m, half, 0, e);
-          const float capped = fmaxf(x, -cap_log2);  // what is hidden is -inf
-          const float p = cuda::exp2_approx(fminf(x + lse, 0.0f));
+          const float p = cuda::exp2_approx(x + lse);
           prob.at(m, half, 0, e) = p;
-          x = p * fmaf(capped * capped, inverse_square, 1.0f);
+          x = p * fmaf(x * x, inverse_square, 1.0f);
         }
       });
       copy(sm80::as_left_operand<T>(prob.transpose, 0, 0), p_fragments_[k]);
