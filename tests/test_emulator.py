@@ -96,6 +96,24 @@ def test_kernel_of_the_gradient_of_a_shared_bias(changes: dict[str, object], ker
     assert kernels_that_run(case, kernels | {kernel}) == {kernel, kernel.removesuffix(" sum")}
 
 
+@pytest.mark.parametrize(
+    ("changes", "copied"),
+    [
+        ({}, True),
+        ({"seqlen_k": 80}, False),  # rows begin at multiples of 16 bytes
+        ({"bias": "", "mask": "bhqk"}, True),
+        ({"softcap": 3.0}, False),  # no kernel that the accelerator loads it for
+        ({"head_dim": 136}, False),
+        ({"head_dim": 136, "bias": "", "mask": "bhqk"}, False),
+        ({"head_dim": 136, "bias": "1hqk"}, True),  # the gradient of a bias that batches share
+    ],
+    ids=str,
+)
+def test_rows_are_copied_where_a_kernel_wants_them(changes: dict[str, object], copied: bool) -> None:
+    case = Case(seqlen_q=40, seqlen_k=70, head_dim=64, bias="bhqk", dtype=torch.bfloat16).but(**changes)
+    assert kernels_that_run(case, {"matrix copy"}) == ({"matrix copy"} if copied else set())
+
+
 def test_kernels_of_large_head_dims() -> None:
     case = Case(head_dim=192, dtype=torch.bfloat16)
     separate, shared = {"sm90 dQ", "sm90 dK, dV"}, {"sm90 backward"}

@@ -70,10 +70,11 @@ struct Problem {
   bool deterministic = true;
   bool allow_tf32 = false;  // float32 products may round their factors to tf32
 
+  // Whether lengths of sequences lie in tensors: those that are numbers here are then the most they can be.
+  FAE_INLINE bool lengths_in_tensors() const { return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k; }
   // Whether rows can see different numbers of keys, so that blocks of rows take different times.
   FAE_INLINE bool uneven() const {
-    return window_left < max_seqlen_k || window_right < max_seqlen_k || cu_seqlens_q || cu_seqlens_k || seqused_q ||
-           seqused_k;
+    return window_left < max_seqlen_k || window_right < max_seqlen_k || lengths_in_tensors();
   }
 
   // Whether scores need more than scale and band before the softmax (template switch of the kernels).
@@ -82,8 +83,7 @@ struct Problem {
   }
   // Whether rows may see fewer keys than there are.
   FAE_INLINE bool hides_scores() const {
-    const bool windows = window_left != kUnlimited || window_right != kUnlimited;
-    return windows || cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k;
+    return window_left != kUnlimited || window_right != kUnlimited || lengths_in_tensors();
   }
   // Whether scores are q.k times a positive scale and nothing else: then the scale can wait until the exponential,
   // since it leaves the order of scores and the -inf of masked ones as they are.

@@ -6,6 +6,7 @@
 
 #include "../cuda/matrix_copy.h"
 #include "../cuda/other_rows.h"
+#include "../sm80/kernels.h"
 #include "kernels.h"
 #include "readable.h"
 
@@ -90,6 +91,7 @@ struct WithCopies {
   WithCopies(const P& call, void* workspace) : p(call), workspace_(static_cast<char*>(workspace)) {
     const bool other_terms = p.alibi_slopes || p.softcap != 0 || p.dropout_p > 0;
     if (other_terms || (p.bias.data && p.mask.data)) return;
+    if (std::max(p.head_dim, p.head_dim_v) > 128 && !has_shared_gradient(p)) return;
     if (p.mask.data) place(p.mask, kMaskBytes);
     if (!p.bias.data || p.bias.dtype != p.dtype) return;
     place(p.bias, kBiasBytes);
@@ -110,6 +112,10 @@ struct WithCopies {
 
  private:
   static constexpr int64_t kMaskBytes = 1, kBiasBytes = 2;  // of an element
+
+  // Of a bias: the kernel for that is made for it at every head dim.
+  static bool has_shared_gradient(const Problem&) { return false; }
+  static bool has_shared_gradient(const BackwardProblem& p) { return p.dbias.data && sm80::broadcasts(p, p.dbias); }
 
   void place(ScoreView& m, int64_t element_size) {
     if (m.stride_col != 1 || readable(m, element_size)) return;

@@ -391,8 +391,8 @@ using Config = BiasGradientConfig<FAE_HEAD_DIM>;
 // accelerator can read. The rest is sm80's.
 bool takes(const BackwardProblem& p) {
   const bool whole = p.dbias.size_row == p.max_seqlen_q && p.dbias.size_col == p.max_seqlen_k;
-  const bool dense = !p.cu_seqlens_q && !p.cu_seqlens_k && !p.seqused_q && !p.seqused_k;
-  return cuda::terms_of(p) == Terms::bias && whole && dense && readable(p.bias, 2) && readable(p.dbias, 2);
+  return cuda::terms_of(p) == Terms::bias && whole && !p.lengths_in_tensors() && readable(p.bias, 2) &&
+         readable(p.dbias, 2);
 }
 
 // The workspace: the counter, then shares.
