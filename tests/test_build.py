@@ -23,7 +23,7 @@ CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
 MAX_COMPILE_SECONDS = 120.0  # twice what it takes on a machine of two cores that has nothing else to do
 # Instructions of a loop of hundreds or thousands.
-MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 1, {"sm80": 2, "sm90": 0}
+MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 2, {"sm80": 2, "sm90": 1}
 # The last template arguments of kernels for plain scores on aligned tensors.
 PLAIN = r"(?:false(?:, true)?|\(fae::cuda::Terms\)0)"
 # Tiles of head dims that are compiled.
@@ -110,10 +110,11 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention on aligned tensors, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    In kernels for every GPU, loops for blocks of which something is hidden have a few values more. The Hopper backward
-    stays there with all terms, but for one value beside ALiBi; so does the Hopper gradient of a bias. Other kernels for
-    several terms, float32, larger head dims and unaligned tensors have more values than there are registers: what they
-    spill beside thousands of instructions is not to grow.
+    Loops for blocks of which something is hidden have a few values more in kernels for every GPU, and on Hopper in
+    those with 128 keys a block and three warpgroups. The Hopper backward stays there with all terms, but for one value
+    beside ALiBi; so does the Hopper gradient of a bias. Other kernels for several terms, float32, larger head dims and
+    unaligned tensors have more values than there are registers: what they spill beside thousands of instructions is
+    not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.programs():
@@ -124,7 +125,7 @@ def test_main_loops_do_not_spill() -> None:
         for mangled, stack in reported.findall(log):
             stacks[mangled] = max(stacks[mangled], int(stack))
     names = dict(zip(stacks, output("c++filt", *stacks).splitlines(), strict=True))
-    small = r"(sm80|sm90)::.*ward_kernel<(?:__half|__nv_bfloat16), .*?\b(?:64|128)\b.*>, "
+    small = r"(sm80|sm90)::.*ward_kernel<(?:__half|__nv_bfloat16), .*?\b(?:64|128|TwoHeadsTile|LongTile)\b.*, "
     plain = {mangled: found[1] for mangled, name in names.items() if (found := re.search(f"{small}{PLAIN}>", name))}
     assert set(plain.values()) == {"sm80", "sm90"}
 

@@ -25,6 +25,8 @@ CASES = (
     Case(head_dim=200, batch=1, heads=2, dtype=torch.bfloat16),
     Case(lengths_q=(100, 0, 33, 270), lengths_k=(70, 12, 233, 270), head_dim=160, window_right=0, dtype=torch.bfloat16),
     Case(head_dim=400, batch=1, heads=2),
+    # Long sequences of head dim 64, for the model, beside others.
+    Case(lengths_q=(300, 70, 390), lengths_k=(260, 300, 270), head_dim=64, window_right=0, dtype=torch.bfloat16),
     # Warps that wait for others by looking at memory again and again.
     Case(seqlen_q=64, seqlen_k=192, window_right=0, head_dim=64, batch=1, dtype=torch.bfloat16),
 )

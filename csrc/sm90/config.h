@@ -29,6 +29,11 @@ struct ForwardTile {
   // A tile has rows of one head, or the same rows of several heads.
   static constexpr int kHeads = 1, kHeadWarpgroups = kWarpgroups;
   static constexpr int kRows = kHeadWarpgroups * kWarpgroupRows, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // Warpgroups start their products in turn, so that one computes scores while another multiplies: by themselves they
+  // fall into step, and do neither beside the other. Measured to help here alone.
+  static constexpr bool kTakesTurns = kDim == 128 || kKeys == 128;
+  // Whether a sequence has its tiles in this kernel.
+  static FAE_INLINE bool takes(int, int) { return true; }
   // Kernels for one gradient are made of the same parts.
   static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
   static constexpr bool kLatePv = true;     // V is used a block later than K
@@ -47,26 +52,52 @@ struct ForwardTile {
                                                                                                              : 96));
 };
 
-// Terms need registers: smaller tiles, or fewer warpgroups.
-template <int kHeadDim, Terms kTerms>
-struct ForwardConfig;
-template <Terms kTerms>
-struct ForwardConfig<64, kTerms> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
-template <>
-struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
-template <Terms kTerms>
-struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
-template <>
-struct ForwardConfig<128, Terms::any> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
 template <class Tile, Terms kOverlay_, int kStages>
 struct WithOverlay : Tile {
   static constexpr Terms kOverlay = kOverlay_;
   static constexpr int kStagesOverlay = kStages;
 };
+
+// Terms need registers: smaller tiles, or fewer warpgroups.
+template <int kHeadDim, Terms kTerms>
+struct ForwardConfig;
+
+// Head dim 64: the more keys a block, the less often a warp waits, counts and describes operands, which is a third of
+// its instructions with 64 keys; but there are registers for more only without a fourth warpgroup.
+template <Terms kTerms>
+struct ForwardConfig<64, kTerms> : ForwardTile<3, 64, 64, 64, 2, 4, 4> {};
 template <>
-struct ForwardConfig<64, Terms::bias> : WithOverlay<ForwardTile<3, 64, 64, 64, 2, 4, 4>, Terms::bias, 4> {};
+struct ForwardConfig<64, Terms::alibi> : ForwardTile<3, 128, 64, 64, 2, 4, 4> {};
 template <>
-struct ForwardConfig<64, Terms::mask> : WithOverlay<ForwardTile<3, 64, 64, 64, 2, 4, 4>, Terms::mask, 4> {};
+struct ForwardConfig<64, Terms::dropout> : ForwardTile<3, 128, 64, 64, 2, 4, 4> {};
+template <>
+struct ForwardConfig<64, Terms::bias> : WithOverlay<ForwardTile<3, 128, 64, 64, 2, 2, 2>, Terms::bias, 2> {};
+template <>
+struct ForwardConfig<64, Terms::mask> : WithOverlay<ForwardTile<3, 128, 64, 64, 2, 3, 3>, Terms::mask, 3> {};
+
+// Without terms, sequences that are long have such a kernel of their own: three warpgroups would leave too many rows of
+// a tile empty where a sequence is short. Which of the two it is depends on that sequence alone, so that it has the
+// same bits in any batch.
+#if defined(FAE_EMULATOR)
+constexpr int kLongSequence = 256;  // not too long for tests
+#else
+constexpr int kLongSequence = 4096;
+#endif
+FAE_INLINE bool is_long(int64_t seqlen_q, int64_t seqlen_k) {
+  return seqlen_q >= kLongSequence && seqlen_k >= kLongSequence;
+}
+template <>
+struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {
+  static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return !is_long(seqlen_q, seqlen_k); }
+};
+struct LongTile : ForwardTile<3, 128, 64, 64, 2, 4, 4> {
+  static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return is_long(seqlen_q, seqlen_k); }
+};
+
+template <Terms kTerms>
+struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};
+template <>
+struct ForwardConfig<128, Terms::any> : ForwardTile<2, 64, 128, 128, 2, 4, 4> {};
 template <>
 struct ForwardConfig<128, Terms::bias> : WithOverlay<ForwardTile<2, 128, 128, 128, 2, 2, 2>, Terms::bias, 1> {};
 template <>
@@ -147,8 +178,8 @@ struct SeparateBackward : BackwardBlock<64, 2 * kWarpgroupRows, kDim> {
   static constexpr bool kWide = false, kSeparate = true;
 };
 
-template <int kDim, Terms kOverlay_>
-struct BackwardOverlayTile : BackwardTile<64, kDim> {
+template <int kRows, int kDim, Terms kOverlay_>
+struct BackwardOverlayTile : BackwardTile<kRows, kDim> {
   static constexpr Terms kOverlay = kOverlay_;
 };
 
@@ -157,11 +188,13 @@ struct BackwardConfig;
 template <Terms kTerms>
 struct BackwardConfig<64, kTerms> : BackwardTile<64, 64> {};
 template <>
-struct BackwardConfig<64, Terms::bias> : BackwardOverlayTile<64, Terms::bias> {};
-template <>
-struct BackwardConfig<64, Terms::mask> : BackwardOverlayTile<64, Terms::mask> {};
-template <>
 struct BackwardConfig<64, Terms::none> : BackwardTile<128, 64> {};
+template <>
+struct BackwardConfig<64, Terms::alibi> : BackwardTile<128, 64> {};
+template <>
+struct BackwardConfig<64, Terms::bias> : BackwardOverlayTile<64, 64, Terms::bias> {};
+template <>
+struct BackwardConfig<64, Terms::mask> : BackwardOverlayTile<128, 64, Terms::mask> {};
 template <Terms kTerms>
 struct BackwardConfig<128, kTerms> : BackwardTile<80, 128> {};
 template <>
@@ -169,9 +202,9 @@ struct BackwardConfig<128, Terms::softcap> : BackwardTile<64, 128> {};
 template <>
 struct BackwardConfig<128, Terms::dropout> : BackwardTile<64, 128> {};
 template <>
-struct BackwardConfig<128, Terms::bias> : BackwardOverlayTile<128, Terms::bias> {};
+struct BackwardConfig<128, Terms::bias> : BackwardOverlayTile<64, 128, Terms::bias> {};
 template <>
-struct BackwardConfig<128, Terms::mask> : BackwardOverlayTile<128, Terms::mask> {};
+struct BackwardConfig<128, Terms::mask> : BackwardOverlayTile<64, 128, Terms::mask> {};
 template <>
 struct BackwardConfig<128, Terms::any> : BackwardTile<64, 128> {};
 template <Terms kTerms>

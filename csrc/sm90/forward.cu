@@ -16,10 +16,8 @@ template <class T, class Config, Terms kTerms>
 class Computer {
   static constexpr bool kGeneral = kTerms == Terms::any;
   static constexpr bool kNatural = kGeneral || kTerms == Terms::bias;  // units of scores; otherwise powers of two
-  // Warpgroups start their products in turn, so that one computes scores while the other multiplies: by themselves they
-  // fall into step, and do neither beside the other. The first product of a tile goes beside the end of the one before.
-  // Both were measured to help at this head dim alone.
-  static constexpr bool kTakesTurns = Config::kDim == 128, kOverlapsTiles = Config::kDim == 128;
+  // The first product of a tile goes beside the end of the one before. Measured to help at this head dim alone.
+  static constexpr bool kOverlapsTiles = Config::kDim == 128;
   static_assert(!kOverlapsTiles || Config::kStoresByCopy);  // otherwise the next Q has no place yet
   using Memory = ForwardMemory<T, Config>;
   static constexpr int N = Config::kKeys / 8, ND = Config::kDimV / 8, kSteps = Config::kKeys / 16;
@@ -386,10 +384,10 @@ class Computer {
   }
 
   __device__ __forceinline__ void take_turn() {
-    if constexpr (kTakesTurns) wait(memory_.turn(warpgroup_), turn_ ^ (warpgroup_ == 0 ? 1 : 0));
+    if constexpr (Config::kTakesTurns) wait(memory_.turn(warpgroup_), turn_ ^ (warpgroup_ == 0 ? 1 : 0));
   }
   __device__ __forceinline__ void pass_turn() {
-    if constexpr (!kTakesTurns) return;
+    if constexpr (!Config::kTakesTurns) return;
     arrive_if(memory_.turn((warpgroup_ + 1) % Config::kWarpgroups), lane_index() == 0);
     turn_ ^= 1;
   }
@@ -483,9 +481,14 @@ void run_kernel(const Problem& p, const Execution& execution) {
 
 template <class T, Terms kTerms>
 void run_forward(const Problem& p, const Execution& execution) {
-  if constexpr (FAE_HEAD_DIM == 64 && kTerms == Terms::none)
-    if (p.max_seqlen_q <= TwoHeadsTile::kRows && p.heads % 2 == 0)
+  if constexpr (FAE_HEAD_DIM == 64 && kTerms == Terms::none) {
+    if (is_long(p.max_seqlen_q, p.max_seqlen_k)) {
+      run_kernel<T, LongTile, kTerms>(p, execution);
+      if (!p.lengths_in_tensors()) return;
+    } else if (p.max_seqlen_q <= TwoHeadsTile::kRows && p.heads % 2 == 0) {
       return run_kernel<T, TwoHeadsTile, kTerms>(p, execution);
+    }
+  }
   run_kernel<T, ForwardConfig<FAE_HEAD_DIM, kTerms>, kTerms>(p, execution);
 }
 

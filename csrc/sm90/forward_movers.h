@@ -63,7 +63,8 @@ class Loader {
       if constexpr (Memory::kHasOverlay)
         if (call_.heads_first) tile = {tile.head, tile.batch, tile.block};
       const Sequence s = sequence_of(p_, tile.batch);
-      if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
+      if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q || !Config::takes(s.seqlen_q, s.seqlen_k))
+        continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
       const int head = static_cast<int>(tile.head) * Config::kHeads;
       [[maybe_unused]] const int head_kv = static_cast<int>(static_cast<unsigned>(head) / group);
