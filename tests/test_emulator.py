@@ -116,6 +116,13 @@ def test_rows_are_copied_where_a_kernel_wants_them(changes: dict[str, object], c
     assert kernels_that_run(case, {"matrix copy"}) == ({"matrix copy"} if copied else set())
 
 
+@pytest.mark.parametrize("head_dim", [36, 100, 250])
+def test_hopper_takes_rows_that_are_not_whole_vectors(head_dim: int) -> None:
+    case = Case(head_dim=head_dim, window_right=0, dtype=torch.float16)
+    kernels = {f"sm{level} {which}" for level in (80, 90) for which in ("forward", "backward", "dQ")}
+    assert kernels_that_run(case, kernels) == {"sm90 forward", "sm90 dQ" if head_dim > 128 else "sm90 backward"}
+
+
 def test_kernels_of_large_head_dims() -> None:
     case = Case(head_dim=192, dtype=torch.bfloat16)
     separate, shared = {"sm90 dQ", "sm90 dK, dV"}, {"sm90 backward"}

@@ -29,12 +29,19 @@ struct Execution {
   }
 };
 
+// What GPUs read and write at a time.
+constexpr int64_t kVectorBytes = 16;
+
 struct Backend {
   const char* name = nullptr;  // "cpu", "sm80", "sm90"
   bool cuda = false;
   // Whether it writes the rows of results that no sequence has, too (unused rows, padding of packed tensors): zeros,
   // and -inf as lse. Otherwise they are there before it runs.
   bool writes_all_rows = false;
+
+  // Whether tensors are to have rows of whole vectors of 16 bytes, and to begin, as all their rows, heads and batches,
+  // where those begin. Otherwise they come as they are, with columns side by side.
+  bool takes_whole_vectors = false;
 
   // Why this backend does not take the call, one entry per unmet constraint; empty: it does.
   std::vector<std::string> (*declines)(const Problem&) = nullptr;

@@ -54,25 +54,18 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
   return static_cast<uint64_t>(a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
-// A lane's part of a dot product, in the same order whether or not rows are read 16 bytes at a time.
-template <class T, bool kWholeVectors>
+// A lane's part of a dot product.
+template <class T>
 __device__ __forceinline__ float dot(const T* x, const T* y, int64_t size) {
   constexpr int kChunk = kPackSize<T>;
   float sum = 0;
 #pragma unroll 2
   for (int64_t d = threadIdx.x % kRowLanes * kChunk; d < size; d += kRowLanes * kChunk) {
     float a[kChunk], b[kChunk];
-    if constexpr (kWholeVectors) {
-      load<kChunk>(x + d, a);
-      load<kChunk>(y + d, b);
-    }
+    load<kChunk>(x + d, a);
+    load<kChunk>(y + d, b);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (kWholeVectors)
-        sum += a[i] * b[i];
-      else if (d + i < size)
-        sum += as_float(x[d + i]) * as_float(y[d + i]);
-    }
+    for (int i = 0; i < kChunk; ++i) sum += a[i] * b[i];
   }
   return sum;
 }
@@ -103,7 +96,7 @@ __device__ __forceinline__ uint4 as_floats(float lse, float delta) {
   return {__float_as_uint(lse == minus_infinity<float>() ? 0.0f : lse * kLog2e), __float_as_uint(delta), 0, 0};
 }
 
-template <class T, bool kWholeVectors>
+template <class T>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Preparation a) {
   const BackwardProblem& p = a.p;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -125,8 +118,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     const int64_t head = i - number * p.heads, row = number - batch * rows;
     float sum = 0;
     if (i < count)
-      sum = dot<T, kWholeVectors>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head),
-                                  p.head_dim_v);
+      sum = dot<T>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head), p.head_dim_v);
     sum = sum_over_lanes<kRowLanes>(sum);
     if (i >= count || threadIdx.x % kRowLanes != 0) continue;
     if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
@@ -171,13 +163,7 @@ BackwardProblem prepare_backward(const BackwardProblem& problem, const BackwardS
   const Grid grid{
       .blocks = std::max<int64_t>(1, ceil_div(rows, kThreads / kRowLanes)), .threads = kThreads, .loops = true};
   const auto run = [&](auto type) {
-    using T = decltype(type);
-    const auto whole = [](const TensorView& t) {
-      return aligned(t.data, sizeof(T), t.stride_batch, t.stride_row, t.stride_head);
-    };
-    const bool vectors = p.head_dim_v % kPackSize<T> == 0 && whole(p.out) && whole(p.dout);
-    launch("backward preparation", vectors ? prepare_kernel<T, true> : prepare_kernel<T, false>, grid, execution.stream,
-           preparation);
+    launch("backward preparation", prepare_kernel<decltype(type)>, grid, execution.stream, preparation);
   };
   if (p.dtype == DType::float32)
     run(float{});

@@ -45,8 +45,7 @@ __device__ bool has_result(const Problem& p, const Rows& side, int64_t batch, in
   return !side.unseeing || !band_of(p, s).any(row, row + 1).empty();
 }
 
-// A warp for each row. Unit: what all rows consist of.
-template <class Unit>
+// A warp for each row.
 __global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__ Clearing a) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + warp_index();
   for (const Rows& side : a.sides)
@@ -57,17 +56,14 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__
         for (int64_t head = 0; head < side.heads; ++head) {
           const TensorView& x = side.tensors[t];
           const int64_t element = batch * x.stride_batch + row * x.stride_row + head * x.stride_head;
-          auto* const to = reinterpret_cast<Unit*>(static_cast<char*>(x.data) + element * a.element_size);
-          for (int64_t u = lane_index(); u * static_cast<int64_t>(sizeof(Unit)) < side.row_bytes[t]; u += kWarpThreads)
-            to[u] = Unit{};
+          auto* const to = reinterpret_cast<uint4*>(static_cast<char*>(x.data) + element * a.element_size);
+          for (int64_t u = lane_index(); u * kVectorBytes < side.row_bytes[t]; u += kWarpThreads) to[u] = uint4{};
         }
       if (side.lse.data)
         for (int64_t head = lane_index(); head < side.heads; head += kWarpThreads)
           *stats_ptr<float>(side.lse, batch, row, head) = minus_infinity<float>();
     }
 }
-
-int64_t element_size(const Problem& p) { return p.dtype == DType::float32 ? 4 : 2; }
 
 Rows rows_of(const Problem& p, bool keys, int64_t heads) {
   const int32_t* const cu_seqlens = keys ? p.cu_seqlens_k : p.cu_seqlens_q;
@@ -82,21 +78,13 @@ Rows rows_of(const Problem& p, bool keys, int64_t heads) {
 }
 
 void clear(const Problem& p, const Rows& queries, const Rows& keys, const Execution& execution) {
-  const Clearing clearing{p, element_size(p), {queries, keys}};
-  bool whole = true;
-  for (const Rows& side : clearing.sides)
-    for (int t = 0; t < 2; ++t) {
-      const TensorView& x = side.tensors[t];
-      const auto fits = [&](int64_t stride) { return stride * clearing.element_size % 16 == 0; };
-      whole &= reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && side.row_bytes[t] % 16 == 0 && fits(x.stride_batch) &&
-               fits(x.stride_row) && fits(x.stride_head);
-    }
+  const Clearing clearing{p, element_size(p.dtype), {queries, keys}};
   const int64_t rows = std::max(queries.batch * queries.rows, keys.batch * keys.rows);
   const Grid grid{
       .blocks = std::min<int64_t>(ceil_div(rows, kWarps), int64_t{kBlocksPerMultiprocessor} * multiprocessors()),
       .threads = kThreads,
       .loops = true};
-  launch("other rows", whole ? clear_kernel<uint4> : clear_kernel<uint16_t>, grid, execution.stream, clearing);
+  launch("other rows", clear_kernel, grid, execution.stream, clearing);
 }
 
 }  // namespace
@@ -105,7 +93,7 @@ void clear_other_rows(const Problem& p, const Execution& execution) {
   if (!p.cu_seqlens_q && !p.seqused_q) return;
   Rows side = rows_of(p, false, p.heads);
   side.tensors[0] = p.out;
-  side.row_bytes[0] = p.head_dim_v * element_size(p);
+  side.row_bytes[0] = p.head_dim_v * element_size(p.dtype);
   side.lse = p.lse;
   clear(p, side, {}, execution);
 }
@@ -119,14 +107,14 @@ void clear_other_gradients(const BackwardProblem& p, const Execution& execution)
     queries = rows_of(p, false, p.heads);
     queries.unseeing = true;
     queries.tensors[0] = p.dq;
-    queries.row_bytes[0] = p.head_dim * element_size(p);
+    queries.row_bytes[0] = p.head_dim * element_size(p.dtype);
   }
   if (p.cu_seqlens_k || p.seqused_k) {
     keys = rows_of(p, true, p.heads_kv);
     keys.tensors[0] = p.dk;
-    keys.row_bytes[0] = p.head_dim * element_size(p);
+    keys.row_bytes[0] = p.head_dim * element_size(p.dtype);
     keys.tensors[1] = p.dv;
-    keys.row_bytes[1] = p.head_dim_v * element_size(p);
+    keys.row_bytes[1] = p.head_dim_v * element_size(p.dtype);
   }
   clear(p, queries, keys, execution);
 }

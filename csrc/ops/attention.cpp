@@ -9,9 +9,12 @@
 namespace fae::ops {
 namespace {
 
-// The views stay good as long as `in` does, which keeps the copies of tensors whose rows are not contiguous.
-Problem problem_of(Inputs& in, const Extents& e) {
-  for (Tensor* t : {&in.q, &in.k, &in.v}) *t = with_contiguous_rows(*t);
+// The views stay good as long as `in` does, which keeps the copies of tensors whose rows are not as they should be.
+Problem problem_of(Inputs& in, const Extents& e, bool whole_vectors) {
+  for (Tensor* t : {&in.q, &in.k, &in.v}) {
+    *t = with_contiguous_rows(*t);
+    if (whole_vectors) *t = with_whole_vectors(*t);
+  }
   for (MaybeTensor* t :
        {&in.alibi_slopes, &in.sinks, &in.cu_seqlens_q, &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k, &in.rng_state})
     *t = with_contiguous_rows(*t);
@@ -21,8 +24,8 @@ Problem problem_of(Inputs& in, const Extents& e) {
   p.batch = e.batch;
   p.heads = e.heads;
   p.heads_kv = e.heads_kv;
-  p.head_dim = e.head_dim;
-  p.head_dim_v = e.head_dim_v;
+  p.head_dim = in.q.size(in.q.dim() - 1);
+  p.head_dim_v = in.v.size(in.v.dim() - 1);
   p.max_seqlen_q = e.max_seqlen_q;
   p.max_seqlen_k = e.max_seqlen_k;
   if (e.packed) {
@@ -68,16 +71,19 @@ std::tuple<Tensor, Tensor> forward(Inputs in) {
   Tensor lse = new_empty(in.q, extents.lse_sizes(), stats_type(in.q));
   if (out.numel() == 0) return {out, lse};
 
-  Problem p = problem_of(in, extents);
-  p.out = tensor_view(out);
+  const bool whole_vectors = takes_whole_vectors(in.q.is_cuda());
+  Problem p = problem_of(in, extents, whole_vectors);
+  Tensor result = whole_vectors ? for_whole_vectors(out) : out;
+  p.out = tensor_view(result);
   p.lse = stats_view(lse);
   Runner runner(in.q);
   const Backend& backend = choose_backend(p, in.q.is_cuda());
   if (has_other_rows_q(in) && !backend.writes_all_rows) {
-    torch::stable::zero_(out);
+    torch::stable::zero_(result);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
   backend.forward(p, runner.execution(backend.forward_workspace(p, runner.threads())));
+  take_columns(out, result);
   return {out, lse};
 }
 
@@ -99,17 +105,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
     return {dq, dk, dv, dbias, dsinks};
   }
 
+  const bool whole_vectors = takes_whole_vectors(in.q.is_cuda());
   BackwardProblem p;
-  static_cast<Problem&>(p) = problem_of(in, extents);
-  g.dout = with_contiguous_rows(g.dout);
-  g.out = with_contiguous_rows(g.out);
+  static_cast<Problem&>(p) = problem_of(in, extents, whole_vectors);
+  for (Tensor* t : {&g.dout, &g.out}) {
+    *t = with_contiguous_rows(*t);
+    if (whole_vectors) *t = with_whole_vectors(*t);
+  }
   p.out = tensor_view(g.out);
   p.lse = stats_view(g.lse);
   p.dout = tensor_view(g.dout);
   if (g.dlse) p.dlse = stats_view(*g.dlse);
-  p.dq = tensor_view(dq);
-  p.dk = tensor_view(dk);
-  p.dv = tensor_view(dv);
+  const auto result_for = [&](const Tensor& t) { return whole_vectors ? for_whole_vectors(t) : t; };
+  const Tensor dq_result = result_for(dq), dk_result = result_for(dk), dv_result = result_for(dv);
+  p.dq = tensor_view(dq_result);
+  p.dk = tensor_view(dk_result);
+  p.dv = tensor_view(dv_result);
   if (g.bias_requires_grad) p.dbias = score_view(dbias);
   if (in.sinks) p.dsinks = dsinks.data_ptr();
   p.deterministic = g.deterministic;
@@ -120,6 +131,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Gradients
   if (has_other_rows_q(in) && !backend.writes_all_rows) torch::stable::zero_(dq);
   if (has_other_rows_k(in) && !backend.writes_all_rows) clear_keys();
   backend.backward(p, runner.execution(backend.backward_workspace(p, runner.threads())));
+  take_columns(dq, dq_result);
+  take_columns(dk, dk_result);
+  take_columns(dv, dv_result);
   return {dq, dk, dv, dbias, dsinks};
 }
 

@@ -55,6 +55,11 @@ const std::vector<std::string>& enabled(Registry& r) {
   return *r.enabled;
 }
 
+bool is_enabled(Registry& r, const Backend& b) {
+  const auto& names = enabled(r);
+  return names.empty() || std::find(names.begin(), names.end(), b.name) != names.end();
+}
+
 std::vector<std::string> declines(const Backend& b, const Problem& p) { return b.declines(p); }
 std::vector<std::string> declines(const Backend& b, const BackwardProblem& p) { return b.declines_backward(p); }
 
@@ -64,9 +69,7 @@ std::vector<std::string> reasons_against(Registry& r, const Backend& b, const P&
   if (b.cuda != cuda)
     reasons.push_back(std::string("it runs on ") + (b.cuda ? "CUDA" : "CPU") + " tensors, the tensors are on " +
                       (cuda ? "CUDA" : "the CPU"));
-  const auto& names = enabled(r);
-  if (!names.empty() && std::find(names.begin(), names.end(), b.name) == names.end())
-    reasons.push_back("it is not among the enabled backends (" + joined(names) + ")");
+  if (!is_enabled(r, b)) reasons.push_back("it is not among the enabled backends (" + joined(enabled(r)) + ")");
   // A backend looks only at problems of its own device.
   if (b.cuda == cuda)
     for (std::string& reason : declines(b, p)) reasons.push_back(std::move(reason));
@@ -123,6 +126,14 @@ std::vector<Candidate> candidates(const BackwardProblem& p, bool cuda) { return 
 
 const Backend& choose_backend(const Problem& p, bool cuda) { return choose(p, cuda, "forward"); }
 const Backend& choose_backend(const BackwardProblem& p, bool cuda) { return choose(p, cuda, "backward"); }
+
+bool takes_whole_vectors(bool cuda) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  const auto first = std::find_if(r.backends.begin(), r.backends.end(),
+                                  [&](const Backend* b) { return b->cuda == cuda && is_enabled(r, *b); });
+  return first != r.backends.end() && (*first)->takes_whole_vectors;
+}
 
 const RowwiseKernels& rowwise_kernels(bool cuda) { return cuda ? registry().cuda_rowwise : cpu::kernels().rowwise; }
 

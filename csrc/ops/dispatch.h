@@ -33,6 +33,9 @@ FAE_API std::vector<Candidate> candidates(const BackwardProblem& p, bool cuda);
 const Backend& choose_backend(const Problem& p, bool cuda);
 const Backend& choose_backend(const BackwardProblem& p, bool cuda);
 
+// Whether a call goes to backends that take whole vectors only: of one device, all do, or none.
+FAE_API bool takes_whole_vectors(bool cuda);
+
 // Kernels of softmax and merge on the CPU or the CUDA devices.
 const RowwiseKernels& rowwise_kernels(bool cuda);
 

@@ -6,7 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "../core/problem.h"
+#include "../core/backend.h"
+#include "../core/schedule.h"
 
 // torch's tensors, seen as the plain views of core.
 
@@ -60,6 +61,38 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 inline MaybeTensor with_contiguous_rows(const MaybeTensor& t) { return t ? with_contiguous_rows(*t) : t; }
+
+// Backends that take whole vectors (core/backend.h) get a copy of any other tensor, its rows filled up with zeros;
+// their results come in tensors of such rows, and the columns that were asked for are taken from there.
+inline Sizes sizes_in_whole_vectors(const Tensor& t) {
+  Sizes sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = round_up(sizes.back(), kVectorBytes / static_cast<int64_t>(t.element_size()));
+  return sizes;
+}
+inline bool has_whole_vectors(const Tensor& t) {
+  const auto element_size = static_cast<int64_t>(t.element_size());
+  bool whole = reinterpret_cast<uintptr_t>(t.data_ptr()) % kVectorBytes == 0;
+  whole &= t.size(t.dim() - 1) * element_size % kVectorBytes == 0;
+  for (int64_t i = 0; i < t.dim() - 1; ++i) whole &= t.size(i) == 1 || t.stride(i) * element_size % kVectorBytes == 0;
+  return whole;
+}
+inline Tensor columns_of(Tensor t, int64_t count) { return torch::stable::narrow(t, t.dim() - 1, 0, count); }
+inline Tensor with_whole_vectors(const Tensor& t) {
+  if (has_whole_vectors(t)) return t;
+  const int64_t columns = t.size(t.dim() - 1);
+  Tensor copy = new_empty(t, sizes_in_whole_vectors(t), t.scalar_type());
+  if (copy.size(t.dim() - 1) > columns) torch::stable::zero_(copy);
+  Tensor part = columns_of(copy, columns);
+  torch::stable::copy_(part, t);
+  return copy;
+}
+inline Tensor for_whole_vectors(const Tensor& result) {
+  return has_whole_vectors(result) ? result : new_empty(result, sizes_in_whole_vectors(result), result.scalar_type());
+}
+inline void take_columns(Tensor& result, const Tensor& from) {
+  const int64_t columns = result.size(result.dim() - 1);
+  if (from.size(from.dim() - 1) != columns) torch::stable::copy_(result, columns_of(from, columns));
+}
 
 inline void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
 

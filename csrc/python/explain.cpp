@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../core/schedule.h"
 #include "../ops/dispatch.h"
 #include "module.h"
 
@@ -37,6 +38,8 @@ std::vector<py::dict> explain(const std::string& device, const std::string& dtyp
   p.batch = batch;
   p.heads = heads;
   p.heads_kv = heads_kv;
+  if (ops::takes_whole_vectors(device == "cuda"))
+    for (int64_t* dim : {&head_dim, &head_dim_v}) *dim = round_up(*dim, kVectorBytes / element_size(p.dtype));
   p.head_dim = head_dim;
   p.head_dim_v = head_dim_v;
   p.max_seqlen_q = seqlen_q;

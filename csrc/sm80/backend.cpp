@@ -63,6 +63,7 @@ const Backend& backend() {
   static const Backend sm80{.name = kName,
                             .cuda = kCuda,
                             .writes_all_rows = true,
+                            .takes_whole_vectors = true,
                             .declines = declines,
                             .declines_backward = declines_backward,
                             .describe = describe,

@@ -28,9 +28,8 @@ struct BackwardCall {
   PackedBlocks query_blocks;  // packed tensors
   int query_blocks_per_head;
   unsigned long long* ticket;
-  int* turns;          // [head or batch x head][query block]: visitors that are done
-  float* dq_partial;   // the same, by a block's sums in the order of the threads that hold them
-  bool whole_vectors;  // of all tensors
+  int* turns;         // [head or batch x head][query block]: visitors that are done
+  float* dq_partial;  // the same, by a block's sums in the order of the threads that hold them
   bool direct_dbias;
   Precision precision;
 };
@@ -79,8 +78,8 @@ using QueryWarps = WarpPlace<Config, Config::kRows, Config::kDim, Config::kQuery
 template <class Config>
 constexpr int64_t kPartialFloats = QueryWarps<Config>::M * QueryWarps<Config>::N * 4 * Config::kThreads;
 
-// kGeneral: scores are more than products times a scale. kAligned: all tensors load and store in whole vectors.
-template <class T, class Config, bool kGeneral, bool kAligned>
+// kGeneral: scores are more than products times a scale.
+template <class T, class Config, bool kGeneral>
 class BackwardTask {
   using Memory = BackwardMemory<T, Config>;
   using KeyPlace = KeyWarps<Config>;
@@ -180,8 +179,8 @@ class BackwardTask {
   }
 
   __device__ __forceinline__ void copy_keys(const typename Memory::K& to, const TensorView& view, int64_t dim) const {
-    copy_rows<Config::kThreads, kAligned>(to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_,
-                                                            band_.seqlen_k - key_begin(), dim, 0, call_.whole_vectors));
+    copy_rows<Config::kThreads>(
+        to, GlobalRows<T>(view, batch_, k_start_ + key_begin(), head_kv_, band_.seqlen_k - key_begin(), dim, 0));
   }
 
   // Starts the copy of Q, dO and the statistics, in a group of its own (which is empty past the last step).
@@ -190,8 +189,7 @@ class BackwardTask {
       const int begin = step.block * Config::kRows, rows = band_.seqlen_q - begin, stage = step.stage();
       const int64_t row = q_start_ + begin;
       const auto copy = [&](const typename Memory::Q& to, const TensorView& view, int64_t dim) {
-        copy_rows<Config::kThreads, kAligned>(
-            to, GlobalRows<T>(view, batch_, row, step.head, rows, dim, 0, call_.whole_vectors));
+        copy_rows<Config::kThreads>(to, GlobalRows<T>(view, batch_, row, step.head, rows, dim, 0));
       };
       copy(memory_.q(stage), p_.q, p_.head_dim);
       copy(memory_.dout(stage), p_.dout, p_.head_dim_v);
@@ -314,8 +312,8 @@ class BackwardTask {
     }
     const QueryPlace place;
     const int row = step.block * Config::kRows + place.row;
-    write_rows<T, kAligned>(dq, p_.dq, batch_, q_start_ + row, step.head, band_.seqlen_q - row, place.col,
-                            static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+    write_rows<T>(dq, p_.dq, batch_, q_start_ + row, step.head, band_.seqlen_q - row, place.col,
+                  static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
   }
 
   template <class F>
@@ -340,8 +338,7 @@ class BackwardTask {
     if (!KeyPlace::exists()) return;
     const KeyPlace place;
     const int row = key_begin() + place.row;
-    write_rows<T, kAligned>(x, view, batch_, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim,
-                            scale);
+    write_rows<T>(x, view, batch_, k_start_ + row, head_kv_, band_.seqlen_k - row, place.col, head_dim, scale);
   }
 
   const BackwardCall& call_;
@@ -356,7 +353,7 @@ class BackwardTask {
   KeyGradient dk_, dv_;
 };
 
-template <class T, class Config, bool kGeneral, bool kAligned>
+template <class T, class Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid_constant__ BackwardCall call) {
   // In a place that nobody writes to before the first barrier of the walk.
   auto* const ticket =
@@ -369,7 +366,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const __grid
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kKeys >= sequence.seqlen_k) return;
   if constexpr (BackwardMemory<T, Config>::kBytes <= cuda::kMostSharedMemory)  // else it is not for this device
-    BackwardTask<T, Config, kGeneral, kAligned>(call, tile, call.tasks.is_last_first(tile.head), sequence).run();
+    BackwardTask<T, Config, kGeneral>(call, tile, call.tasks.is_last_first(tile.head), sequence).run();
 }
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -389,14 +386,6 @@ struct BackwardSpace : cuda::BackwardSpace {
   }
 };
 
-template <class T>
-bool all_whole_vectors(const BackwardProblem& p) {
-  bool whole = true;
-  for (const TensorView* t : {&p.q, &p.k, &p.dq, &p.dk}) whole &= whole_vectors<T>(*t, p.head_dim);
-  for (const TensorView* t : {&p.v, &p.dout, &p.dv}) whole &= whole_vectors<T>(*t, p.head_dim_v);
-  return whole;
-}
-
 template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
@@ -413,16 +402,11 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
                           space.ticket(),
                           space.turns(),
                           space.dq_partial,
-                          all_whole_vectors<T>(p),
                           direct_dbias,
                           precision_of(p)};
   if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
   const cuda::Grid grid{tasks.most(), Config::kThreads, BackwardMemory<T, Config>::kBytes};
-  const auto launch = [&](auto kernel) { cuda::launch("sm80 backward", kernel, grid, execution.stream, call); };
-  // Of float, one kernel takes tensors with and without whole vectors: one of its own for the first gains 1 % at most.
-  if constexpr (!kGeneral && sizeof(T) == 2)
-    if (call.whole_vectors) return launch(backward_kernel<T, Config, false, true>);
-  launch(backward_kernel<T, Config, kGeneral, false>);
+  cuda::launch("sm80 backward", backward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
 }
 
 // f(config, general) with the config for this call on this device, and std::bool_constant general.

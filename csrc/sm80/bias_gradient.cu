@@ -85,10 +85,24 @@ struct BiasCall {
   BiasTiles<Config> tiles;
   double* partial;  // [split][tile][element]; null: tiles are not shared, and dbias is written at once
   int group;        // heads that share a KV head
-  bool q_whole_vectors, k_whole_vectors, v_whole_vectors, dout_whole_vectors;
   Precision precision;
   cuda::ScoreConstants constants;
 };
+
+// 16 bytes to global memory, or the first `count` elements of them.
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const uint4& bytes, int count) {
+  constexpr int kChunk = 16 / sizeof(T);
+  if (count >= kChunk && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    *reinterpret_cast<uint4*>(to) = bytes;
+    return;
+  }
+  T elements[kChunk];
+  memcpy(static_cast<void*>(elements), &bytes, 16);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    if (i < count) to[i] = elements[i];
+}
 
 // Of 16-bit products, single precision leaves nothing to wish for. Of float, an element may be a sum over so many
 // scores that its rounding would be larger than theirs.
@@ -248,30 +262,29 @@ class BiasGradientTask {
   __device__ __forceinline__ void copy_scores_operands() const {
     if (left_ > 0) {
       const Sequence s = sequence_of(p_, next_.batch);
-      copy_rows_of(operands_.q, p_.q, s, p_.head_dim, call_.q_whole_vectors);
-      copy_keys_of(operands_.k, p_.k, s, p_.head_dim, call_.k_whole_vectors);
+      copy_rows_of(operands_.q, p_.q, s, p_.head_dim);
+      copy_keys_of(operands_.k, p_.k, s, p_.head_dim);
     }
     commit_copies();
   }
   __device__ __forceinline__ void copy_gradient_operands() const {
     const Sequence s = sequence_of(p_, next_.batch);
-    copy_rows_of(operands_.dout, p_.dout, s, p_.head_dim_v, call_.dout_whole_vectors);
-    copy_keys_of(operands_.v, p_.v, s, p_.head_dim_v, call_.v_whole_vectors);
+    copy_rows_of(operands_.dout, p_.dout, s, p_.head_dim_v);
+    copy_keys_of(operands_.v, p_.v, s, p_.head_dim_v);
     copy_statistics<Config>(operands_.statistics, p_, next_.batch, s.q_start + next_.row, next_.head,
                             static_cast<int>(s.seqlen_q) - next_.row);
     commit_copies();
   }
   __device__ __forceinline__ void copy_rows_of(const typename Operands::Rows& to, const TensorView& view,
-                                               const Sequence& s, int64_t dim, bool whole) const {
+                                               const Sequence& s, int64_t dim) const {
     const int rows = static_cast<int>(s.seqlen_q) - next_.row;
-    copy_rows<Config::kThreads>(
-        to, GlobalRows<T>(view, next_.batch, s.q_start + next_.row, next_.head, rows, dim, 0, whole));
+    copy_rows<Config::kThreads>(to, GlobalRows<T>(view, next_.batch, s.q_start + next_.row, next_.head, rows, dim, 0));
   }
   __device__ __forceinline__ void copy_keys_of(const typename Operands::Keys& to, const TensorView& view,
-                                               const Sequence& s, int64_t dim, bool whole) const {
+                                               const Sequence& s, int64_t dim) const {
     const int keys = static_cast<int>(s.seqlen_k) - next_.key;
     copy_rows<Config::kThreads>(
-        to, GlobalRows<T>(view, next_.batch, s.k_start + next_.key, next_.head / call_.group, keys, dim, 0, whole));
+        to, GlobalRows<T>(view, next_.batch, s.k_start + next_.key, next_.head / call_.group, keys, dim, 0));
   }
 
   // The tile's sums through shared memory, where those that share an element of dbias meet.
@@ -318,7 +331,7 @@ class BiasGradientTask {
       for (int j = 0; j < kChunk; ++j) elements.x[j] = E(static_cast<float>(chunk.x[j]));
       uint4 bytes;
       memcpy(&bytes, &elements, 16);
-      store_chunk<false>(first + row * view.stride_row + col, bytes, cols - col);
+      store_chunk(first + row * view.stride_row + col, bytes, cols - col);
     }
   }
   template <class E, int kSize>
@@ -367,10 +380,6 @@ void run(const BackwardProblem& p, void* workspace, void* stream) {
                          BiasTiles<C>(p),
                          BiasTiles<C>(p).shares() > 0 ? static_cast<double*>(workspace) : nullptr,
                          static_cast<int>(p.heads / p.heads_kv),
-                         whole_vectors<T>(p.q, p.head_dim),
-                         whole_vectors<T>(p.k, p.head_dim),
-                         whole_vectors<T>(p.v, p.head_dim_v),
-                         whole_vectors<T>(p.dout, p.head_dim_v),
                          precision_of(p),
                          cuda::ScoreConstants(p)};
   cuda::launch("sm80 bias gradient", bias_gradient_kernel<T, C>,

@@ -16,8 +16,7 @@ namespace {
 struct ForwardCall {
   Problem p;
   GridSchedule schedule;
-  int value_chunks;    // thread blocks that share the columns of O
-  bool whole_vectors;  // of all tensors
+  int value_chunks;  // thread blocks that share the columns of O
   Precision precision;
 };
 
@@ -38,8 +37,8 @@ struct ForwardMemory {
   __device__ V v(int stage) const { return {base + Q::kBytes + stage * kStageBytes + K::kBytes}; }
 };
 
-// kGeneral: scores are more than products times a scale. kAligned: all tensors load and store in whole vectors.
-template <class T, class Config, bool kGeneral, bool kAligned>
+// kGeneral: scores are more than products times a scale.
+template <class T, class Config, bool kGeneral>
 class ForwardTask {
   using Memory = ForwardMemory<T, Config>;
   static constexpr int M = Config::kWarpRows / 16, N = Config::kKeys / 8, ND = Config::kDimV / 8;
@@ -67,9 +66,8 @@ class ForwardTask {
                                              value_begin_)) {}
 
   __device__ void run() {
-    copy_rows<Config::kThreads, kAligned>(
-        memory_.q(), GlobalRows<T>(p_.q, batch_, q_start_ + row_begin_, head_, band_.seqlen_q - row_begin_, p_.head_dim,
-                                   0, call_.whole_vectors));
+    copy_rows<Config::kThreads>(memory_.q(), GlobalRows<T>(p_.q, batch_, q_start_ + row_begin_, head_,
+                                                           band_.seqlen_q - row_begin_, p_.head_dim, 0));
     commit_copies();
     copy_keys(blocks_.begin);
     if constexpr (kQueryInRegisters) {
@@ -103,11 +101,9 @@ class ForwardTask {
     if (block < blocks_.end) {
       const int rows = band_.seqlen_k - block * Config::kKeys;
       const int64_t k_stride = p_.k.stride_row, v_stride = p_.v.stride_row;
-      copy_rows<Config::kThreads, kAligned>(memory_.k(stage_of(block)),
-                                            GlobalRows<T>(k_next_, k_stride, rows, p_.head_dim, call_.whole_vectors));
-      copy_rows<Config::kThreads, kAligned>(
-          memory_.v(stage_of(block)),
-          GlobalRows<T>(v_next_, v_stride, rows, p_.head_dim_v - value_begin_, call_.whole_vectors));
+      copy_rows<Config::kThreads>(memory_.k(stage_of(block)), GlobalRows<T>(k_next_, k_stride, rows, p_.head_dim));
+      copy_rows<Config::kThreads>(memory_.v(stage_of(block)),
+                                  GlobalRows<T>(v_next_, v_stride, rows, p_.head_dim_v - value_begin_));
       k_next_ += Config::kKeys * k_stride;
       v_next_ += Config::kKeys * v_stride;
     }
@@ -225,13 +221,13 @@ class ForwardTask {
     const int rows = min(band_.seqlen_q - row_begin_ - warp_row_, Config::kWarpRows);
     const int first = lane_index() / kLanes, lane_col = lane_index() % kLanes * kChunk;
     T* const to = row_ptr<T>(p_.out, batch_, q_start_ + row_begin_ + warp_row_ + first, head_) + value_begin_;
-#pragma unroll(kAligned ? 4 : 1)
+#pragma unroll 4
     for (int i = 0; i < Config::kWarpRows; i += cuda::kWarpThreads / kLanes)
 #pragma unroll
       for (int col = lane_col; col < Config::kDimV; col += kLanes * kChunk)
         if (first + i < rows && col < cols)
-          store_chunk<kAligned>(to + i * p_.out.stride_row + col,
-                                load_shared_16_bytes(memory_.o().address(warp_row_ + first + i, col)), cols - col);
+          *reinterpret_cast<uint4*>(to + i * p_.out.stride_row + col) =
+              load_shared_16_bytes(memory_.o().address(warp_row_ + first + i, col));
   }
 
   const ForwardCall& call_;
@@ -247,13 +243,13 @@ class ForwardTask {
   Accumulator<M, ND> output_;
 };
 
-template <class T, class Config, bool kGeneral, bool kAligned>
+template <class T, class Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const __grid_constant__ ForwardCall call) {
   const unsigned index = blockIdx.x, chunks = static_cast<unsigned>(call.value_chunks);
   const Tile tile = call.schedule[index / chunks];
   const Sequence sequence = sequence_of(call.p, tile.batch);
   if (tile.block < 0 || tile.block * Config::kRows >= sequence.seqlen_q) return;
-  ForwardTask<T, Config, kGeneral, kAligned>(call, tile, sequence, static_cast<int>(index % chunks)).run();
+  ForwardTask<T, Config, kGeneral>(call, tile, sequence, static_cast<int>(index % chunks)).run();
 }
 
 // K and V of this many bytes fit into the second-level cache beside everything else.
@@ -271,16 +267,10 @@ void run_forward(const Problem& p, const Execution& execution) {
       std::min(std::max<int64_t>(1, kCachedBytes / head_bytes) * group, p.uneven() ? kUnevenHeads : kEvenHeads));
   schedule.last_first = true;
   const int chunks = static_cast<int>(ceil_div(p.head_dim_v, Config::kDimV));
-  const bool whole = whole_vectors<T>(p.q, p.head_dim) && whole_vectors<T>(p.k, p.head_dim) &&
-                     whole_vectors<T>(p.v, p.head_dim_v) && whole_vectors<T>(p.out, p.head_dim_v);
-  const ForwardCall call{p, schedule, chunks, whole, precision_of(p)};
+  const ForwardCall call{p, schedule, chunks, precision_of(p)};
 
   const cuda::Grid grid{schedule.size() * chunks, Config::kThreads, ForwardMemory<T, Config>::kBytes};
-  const auto launch = [&](auto kernel) { cuda::launch("sm80 forward", kernel, grid, execution.stream, call); };
-  if constexpr (!kGeneral) {
-    if (whole) return launch(forward_kernel<T, Config, false, true>);
-  }
-  launch(forward_kernel<T, Config, kGeneral, false>);
+  cuda::launch("sm80 forward", forward_kernel<T, Config, kGeneral>, grid, execution.stream, call);
 }
 
 template <class T>

@@ -320,27 +320,25 @@ __device__ __forceinline__ void multiply_operands(Accumulator<M, N>& c, const Le
 // ---- Shared memory and global memory -------------------------------------------------------------------------------
 
 // Rows of one head in global memory, from some row and column on, as one thread copies them to a tile: the eight
-// threads of a group copy 128 bytes of a row. What lies outside reads as zero.
+// threads of a group copy 128 bytes of a row. What lies outside reads as zero. Rows are whole vectors of 16 bytes, from
+// where those begin (Backend::takes_whole_vectors).
 template <class T>
 struct GlobalRows {
   static constexpr int kChunk = 16 / sizeof(T), kLine = cuda::kSwizzleBytes / sizeof(T);
 
   const T* data;  // the thread's first element
   int64_t stride;
-  int rows, cols;      // that exist from there on
-  bool whole_vectors;  // rows begin and end at multiples of 16 bytes
+  int rows, cols;  // that exist from there on
 
   // `rows_` and `cols_`: of the whole block from its first element on.
-  __device__ __forceinline__ GlobalRows(const T* data_, int64_t stride_, int rows_, int64_t cols_, bool whole_vectors_)
+  __device__ __forceinline__ GlobalRows(const T* data_, int64_t stride_, int rows_, int64_t cols_)
       : data(data_),
         stride(stride_),
         rows(rows_ - static_cast<int>(threadIdx.x / 8)),
-        cols(static_cast<int>(cols_) - static_cast<int>(threadIdx.x % 8) * kChunk),
-        whole_vectors(whole_vectors_) {}
+        cols(static_cast<int>(cols_) - static_cast<int>(threadIdx.x % 8) * kChunk) {}
   __device__ __forceinline__ GlobalRows(const TensorView& view, int64_t batch, int64_t row, int64_t head, int rows_,
-                                        int64_t head_dim, int first_col, bool whole_vectors_)
-      : GlobalRows(first_element(view, batch, row, head, first_col), view.stride_row, rows_, head_dim - first_col,
-                   whole_vectors_) {}
+                                        int64_t head_dim, int first_col)
+      : GlobalRows(first_element(view, batch, row, head, first_col), view.stride_row, rows_, head_dim - first_col) {}
 
   __device__ static __forceinline__ const T* first_element(const TensorView& view, int64_t batch, int64_t row,
                                                            int64_t head, int first_col) {
@@ -348,35 +346,17 @@ struct GlobalRows {
   }
 };
 
-// Copies a tile by all threads of the block: starts it, or, where rows are not aligned for that, does it at once.
-// kWholeVectors: they always are.
-template <int kThreads, bool kWholeVectors = false, class Tile>
+// Starts the copy of a tile by all threads of the block.
+template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const GlobalRows<typename Tile::Element>& source) {
-  using T = typename Tile::Element;
-  using Source = GlobalRows<T>;
+  using Source = GlobalRows<typename Tile::Element>;
   constexpr int kStep = kThreads / 8, kIterations = (Tile::kRows + kStep - 1) / kStep;
   const int first = threadIdx.x / 8, lane_col = threadIdx.x % 8 * Source::kChunk;
   const int64_t step = kStep * source.stride;
-  if (!kWholeVectors && !source.whole_vectors) {
-#pragma unroll 1
-    for (int i = 0; i < kIterations * Tile::kBlocks; ++i) {
-      const int row = i % kIterations * kStep, col = i / kIterations * Source::kLine;
-      if (Tile::kRows % kStep != 0 && first + row >= Tile::kRows) continue;
-      const T* const from = source.data + row * source.stride + col;
-      T chunk[Source::kChunk];
-#pragma unroll
-      for (int j = 0; j < Source::kChunk; ++j)
-        chunk[j] = row < source.rows && col + j < source.cols ? from[j] : T(0.0f);
-      uint4 bytes;
-      memcpy(&bytes, chunk, 16);
-      store_shared_16_bytes(tile.address(first + row, lane_col + col), bytes);
-    }
-    return;
-  }
 #pragma unroll
   for (int block = 0; block < Tile::kBlocks; ++block) {
     const int col = block * Source::kLine;
-    const T* from = source.data + col;
+    const auto* from = source.data + col;
 #pragma unroll
     for (int i = 0; i < kIterations; ++i, from += step) {
       const int row = i * kStep;
@@ -384,14 +364,6 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const GlobalRows<typ
       copy_16_bytes(tile.address(first + row, lane_col + col), from, row < source.rows && col < source.cols);
     }
   }
-}
-
-// Whether rows of a tensor can be copied 16 bytes at a time.
-template <class T>
-bool whole_vectors(const TensorView& t, int64_t head_dim) {
-  const auto whole = [](int64_t elements) { return elements * sizeof(T) % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(head_dim) && whole(t.stride_batch) &&
-         whole(t.stride_row) && whole(t.stride_head);
 }
 
 // Two neighbouring elements of a row, from registers to a tile.
@@ -407,11 +379,13 @@ __device__ __forceinline__ void store_pair(const Tile& tile, int row, int col, f
   }
 }
 
-// The same to a row in global memory with `cols` columns.
+// The same to a row in global memory.
+__device__ __forceinline__ void store_pair(float* row, int col, float x, float y) {
+  *reinterpret_cast<float2*>(row + col) = {x, y};
+}
 template <class T>
-__device__ __forceinline__ void store_pair(T* row, int col, int cols, float x, float y) {
-  if (col < cols) row[col] = T(x);
-  if (col + 1 < cols) row[col + 1] = T(y);
+__device__ __forceinline__ void store_pair(T* row, int col, float x, float y) {
+  *reinterpret_cast<uint32_t*>(row + col) = pack(x, y, T{});
 }
 
 // Lane t of a quad gets word t of each of its lanes.
@@ -428,14 +402,14 @@ __device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4]) {
 }
 
 // scale * x to a tensor, x an accumulator whose first element belongs to (row, col); `rows` and `cols` of it exist,
-// cols counted from column 0. kAligned: rows of the tensor are whole vectors.
-template <class T, bool kAligned, int M, int N>
+// cols counted from column 0. Its rows are whole vectors of 16 bytes.
+template <class T, int M, int N>
 __device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const TensorView& view, int64_t batch,
                                            int64_t row, int64_t head, int rows, int col, int cols, float scale) {
   x.for_each_row([&](int m, int half) {
     const int r = x.row(m, half);
     T* const to = row_ptr<T>(view, batch, row + r, head);
-    if constexpr (kAligned && N % 2 == 0) {
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
       // The quad of a row swaps what it holds, so that each lane has 16 bytes.
 #pragma unroll
       for (int n = 0; n < N; n += 4) {
@@ -451,24 +425,10 @@ __device__ __forceinline__ void write_rows(const Accumulator<M, N>& x, const Ten
       if (r >= rows) return;
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        store_pair(to, col + x.col(n, 0), cols, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
+        if (const int c = col + x.col(n, 0); c < cols)
+          store_pair(to, c, x.at(m, half, n, 0) * scale, x.at(m, half, n, 1) * scale);
     }
   });
-}
-
-// 16 bytes to global memory, or the first `count` elements of them. kWholeVectors: all of them, and aligned.
-template <bool kWholeVectors, class T>
-__device__ __forceinline__ void store_chunk(T* to, const uint4& bytes, int count) {
-  constexpr int kChunk = 16 / sizeof(T);
-  if (kWholeVectors || (count >= kChunk && reinterpret_cast<uintptr_t>(to) % 16 == 0)) {
-    *reinterpret_cast<uint4*>(to) = bytes;
-    return;
-  }
-  T elements[kChunk];
-  memcpy(static_cast<void*>(elements), &bytes, 16);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    if (i < count) to[i] = elements[i];
 }
 
 }  // namespace fae::sm80

@@ -52,7 +52,6 @@ std::vector<std::string> declines(const Problem& p) {
   if (!on_hopper()) reasons.push_back("it needs a GPU of compute capability 9.x");
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) reasons.push_back("it takes bfloat16 and float16");
   if (std::max(p.head_dim, p.head_dim_v) > 256) reasons.push_back("it takes head dims up to 256");
-  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) reasons.push_back("it takes head dims that are multiples of 8");
   if (p.batch * p.heads * (p.max_seqlen_q / 64 + 1) >= int64_t{1} << 30)
     reasons.push_back("it takes fewer than 2^30 blocks of 64 query rows");
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q;
@@ -61,8 +60,7 @@ std::vector<std::string> declines(const Problem& p) {
   const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   if (!readable(p.q, rows_q, p.heads, batch_q) || !readable(p.k, rows_k, p.heads_kv, batch_k) ||
       !readable(p.v, rows_k, p.heads_kv, batch_k))
-    reasons.push_back(
-        "it takes tensors that begin, and have rows, heads and batches that begin, at multiples of 16 bytes");
+    reasons.push_back("it takes tensors whose rows, heads and batches lie apart, by less than 2^39 elements");
   return reasons;
 }
 
@@ -72,7 +70,8 @@ std::vector<std::string> declines_backward(const BackwardProblem& p) {
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   if (!readable(p.dout, rows_q, p.heads, batch_q) || !readable(p.dq, rows_q, p.heads, batch_q) ||
       !readable(p.dk, rows_k, p.heads_kv, batch_k) || !readable(p.dv, rows_k, p.heads_kv, batch_k))
-    reasons.push_back("its backward takes gradients that begin, as all their rows, at multiples of 16 bytes");
+    reasons.push_back(
+        "its backward takes gradients whose rows, heads and batches lie apart, by less than 2^39 elements");
   return reasons;
 }
 
@@ -169,6 +168,7 @@ const Backend& backend() {
   static const Backend sm90{.name = kName,
                             .cuda = kCuda,
                             .writes_all_rows = true,
+                            .takes_whole_vectors = true,
                             .declines = declines,
                             .declines_backward = declines_backward,
                             .describe = describe,

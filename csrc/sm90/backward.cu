@@ -404,10 +404,10 @@ class BackwardComputer {
       collect(partial, dk_piece, dk_, keys.rank());
       collect(partial, dv_piece, dv_, keys.rank());
       const int col = opaque(0);  // so that the lanes' columns don't take registers from the main loop
-      sm80::write_rows<T, true>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
-                                static_cast<int>(p_.head_dim), score_weight());
-      sm80::write_rows<T, true>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
-                                static_cast<int>(p_.head_dim_v), kept_weight());
+      sm80::write_rows<T>(dk_, p_.dk, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
+                          static_cast<int>(p_.head_dim), score_weight());
+      sm80::write_rows<T>(dv_, p_.dv, keys.batch, keys.k_start + begin, keys.head_kv, rows, col,
+                          static_cast<int>(p_.head_dim_v), kept_weight());
     };
     visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_both, write_both);
   }

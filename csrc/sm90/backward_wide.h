@@ -181,8 +181,8 @@ class WideBackwardComputer {
     visit_dq<Config>(call_, dq, step, piece, [&](const Accumulator<1, N>& sum) {
       const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
       const int begin = step.row_begin + warp_row_;
-      sm80::write_rows<T, true>(sum, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.band.seqlen_q - begin,
-                                col, static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
+      sm80::write_rows<T>(sum, p_.dq, keys.batch, keys.q_start + begin, step.head, keys.band.seqlen_q - begin, col,
+                          static_cast<int>(p_.head_dim), static_cast<float>(p_.softmax_scale));
     });
   }
 
@@ -197,9 +197,9 @@ class WideBackwardComputer {
     const auto leave_it = [&](float* partial) { leave(partial, piece, gradient_, keys.rank()); };
     const auto write_it = [&](float* partial) {
       collect(partial, piece, gradient_, keys.rank());
-      sm80::write_rows<T, true>(gradient_, has_dk() ? p_.dk : p_.dv, keys.batch, keys.k_start + begin, keys.head_kv,
-                                keys.band.seqlen_k - begin, 0, static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
-                                has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
+      sm80::write_rows<T>(gradient_, has_dk() ? p_.dk : p_.dv, keys.batch, keys.k_start + begin, keys.head_kv,
+                          keys.band.seqlen_k - begin, 0, static_cast<int>(has_dk() ? p_.head_dim : p_.head_dim_v),
+                          has_dk() ? static_cast<float>(p_.softmax_scale) : 1.0f);
     };
     visit_keys<Config>(call_, keys, 4 * warpgroup_ + warp_row_ / 16, leave_it, write_it);
   }

@@ -215,8 +215,8 @@ template <class T, class Config, class Scores>
 __device__ __forceinline__ void write_tile(const BiasCall<Config>& call, const BiasTask& tile, int row,
                                            const Scores& sum) {
   const ScoreView& to = call.p.dbias;
-  sm80::write_rows<T, true>(sum, {to.data, to.stride_batch, to.stride_row, to.stride_head}, tile.batch, tile.row + row,
-                            tile.head, call.band.seqlen_q - tile.row - row, tile.key, call.band.seqlen_k, 1.0f);
+  sm80::write_rows<T>(sum, {to.data, to.stride_batch, to.stride_row, to.stride_head}, tile.batch, tile.row + row,
+                      tile.head, call.band.seqlen_q - tile.row - row, tile.key, call.band.seqlen_k, 1.0f);
 }
 // And as a task's share of them, f(n, 16 bytes) for what a lane holds.
 template <class Config, class F>

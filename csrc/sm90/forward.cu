@@ -350,8 +350,8 @@ class Computer {
         *stats_ptr<float>(p_.lse, tile.batch, tile.q_start + i, head(tile)) = state.lse();
     });
     if constexpr (!Config::kStoresByCopy)
-      sm80::write_rows<T, true>(output_, p_.out, tile.batch, tile.q_start + row, tile.head, tile.band.seqlen_q - row, 0,
-                                static_cast<int>(p_.head_dim_v), 1.0f);
+      sm80::write_rows<T>(output_, p_.out, tile.batch, tile.q_start + row, tile.head, tile.band.seqlen_q - row, 0,
+                          static_cast<int>(p_.head_dim_v), 1.0f);
     else
       store_by_copy(tile, row);
   }
