@@ -111,7 +111,7 @@ struct LargeBackwardConfig<float, 192> : BackwardTile<32, 64, 192, 8, 1, false, 
 template <>
 struct LargeBackwardConfig<float, 256> : BackwardTile<32, 32, 256, 8, 1, false, 2, 2, 2, 2> {};
 
-// Score terms and unaligned tensors need registers of their own: more warps share a block.
+// Score terms need registers of their own: more warps share a block.
 template <class T, int kHeadDim>
 struct GeneralBackwardConfig : BackwardConfig<T, kHeadDim> {};
 template <class T>
