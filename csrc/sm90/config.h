@@ -32,8 +32,9 @@ struct ForwardTile {
   // Warpgroups start their products in turn, so that one computes scores while another multiplies: by themselves they
   // fall into step, and do neither beside the other. Measured to help here alone.
   static constexpr bool kTakesTurns = kDim == 128 || kKeys == 128;
-  // Whether a sequence has its tiles in this kernel.
+  // Whether a sequence has its tiles in this kernel, and whether most have.
   static FAE_INLINE bool takes(int, int) { return true; }
+  static constexpr bool kTakesMost = true;
   // Kernels for one gradient are made of the same parts.
   static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
   static constexpr bool kLatePv = true;     // V is used a block later than K
@@ -91,6 +92,7 @@ struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {
   static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return !is_long(seqlen_q, seqlen_k); }
 };
 struct LongTile : ForwardTile<3, 128, 64, 64, 2, 4, 4> {
+  static constexpr bool kTakesMost = false;
   static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return is_long(seqlen_q, seqlen_k); }
 };
 

@@ -57,6 +57,7 @@ class Loader {
   __device__ void plan(unsigned number) {
     Work work = {.batch = -1};
     index_ = number == 0 && !kDrawsAll ? blockIdx.x : next_index();
+    if (number == 0 && !has_tiles()) index_ = static_cast<unsigned>(call_.schedule.size());
 #pragma unroll 1
     for (; index_ < static_cast<unsigned>(call_.schedule.size()); index_ = next_index()) {
       Tile tile = call_.schedule[index_];
@@ -93,6 +94,18 @@ class Loader {
     if (first_) memory_.write_work(number, work);
     if (lane_index() <= Config::kWarpgroups) memory_.write_blocks(number, part, blocks);
     __syncwarp();
+  }
+
+  // Whether there is a sequence for a kernel that most have nothing for: to see that from one tile after the other
+  // takes as long as a short kernel.
+  __device__ bool has_tiles() const {
+    if (Config::kTakesMost || !p_.lengths_in_tensors()) return true;
+    bool any = false;
+    for (int64_t b = lane_index(); b < p_.batch; b += cuda::kWarpThreads) {
+      const Sequence s = sequence_of(p_, b);
+      any |= Config::takes(s.seqlen_q, s.seqlen_k);
+    }
+    return __any_sync(0xffffffffu, any);
   }
 
   __device__ unsigned next_index() {
