@@ -97,8 +97,8 @@ struct ScoreConstants {
   float scale_softcap;  // products in units of the cap
   float kept_weight;    // of what dropout keeps
   uint32_t dropped;     // random bits up to these, which begin at the topmost one; 0: nothing is
-  uint32_t threshold;   // of dropout, in both halves, for kept_halves
   SoftcapSeries softcap_series;
+  uint32_t threshold;  // of dropout, in both halves, for kept_halves
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
       : scale(static_cast<float>(p.softmax_scale)),
@@ -106,8 +106,8 @@ struct ScoreConstants {
         scale_softcap(p.softcap > 0 ? limited(p.softmax_scale / p.softcap) : 0.0f),
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
         dropped(last_dropped(dropout_threshold(p.dropout_p))),
-        threshold(dropout_threshold(p.dropout_p) * 0x10001u),
-        softcap_series(p) {}
+        softcap_series(p),
+        threshold(dropout_threshold(p.dropout_p) * 0x10001u) {}
   FAE_INLINE bool drops() const { return kept_weight != 1; }
   // Half of a word decides: number 0 the lower one, 1 the upper one.
   FAE_INLINE bool keeps(uint32_t word, int half) const {
