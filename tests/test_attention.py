@@ -155,12 +155,14 @@ def test_finite_scores_where_torch_overflows(device: str) -> None:
     [
         {"softcap": 20.0},  # products are far below it
         {"softcap": 1.5},  # and on both sides of it
+        {"softcap": 0.02},  # and far above it
         {"softcap": 20.0, "values": "large"},
         {"alibi": "h"},
         {"alibi": "bh", "values": "growing"},
         {"dropout_p": 0.1},
         {"dropout_p": 2.0**-16},
         {"dropout_p": 1e-6},  # nothing is dropped
+        {"dropout_p": 0.98},  # more than bits are compared with in pairs
         {"bias": "bhqk"},
         {"bias": "1hqk", "values": "growing"},
         {"bias": "bhqk", "bias_values": "jumps"},

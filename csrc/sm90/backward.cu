@@ -195,8 +195,9 @@ class BackwardComputer {
     }
   }
 
-  // What is hidden of capped scores: P is 0, and the square a number.
-  static constexpr float kHiddenCapped = -1e18f;
+  // What is hidden of capped scores: far enough below all caps that there are (SoftcapSeries::holds) for P to be 0, and
+  // not so far that the square, in units of the smallest cap's, would be infinite: 0 times that is NaN.
+  static constexpr float kHiddenCapped = -1e4f;
   // P, which leaves at once, of capped scores; what dS needs of it takes their place. Such scores are small, and so is
   // what rounding adds to the logarithm of P.
   __device__ __forceinline__ void exponentiate_capped(Scores& scores) {
