@@ -23,7 +23,9 @@ CUDA_LIBRARY = PACKAGE / "libflash_attn_ext_cuda.so"
 MAX_WHEEL_BYTES = 40 * 2**20
 MAX_COMPILE_SECONDS = 120.0  # twice what it takes on a machine of two cores that has nothing else to do
 # Instructions of a loop of hundreds or thousands.
-MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 2, {"sm80": 2, "sm90": 1}
+MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 1, {"sm80": 2, "sm90": 0}
+# Three warpgroups with 128 keys a block have few registers left for blocks of which something is hidden.
+MOST_SPILLS_AT_EDGES = {"sm90::LongTile,": 1, "sm90::ForwardConfig<64, (fae::cuda::Terms)3>": 2}
 # The last template argument of kernels for plain scores.
 PLAIN = r"(?:false|\(fae::cuda::Terms\)0)"
 # Tiles of head dims that are compiled.
@@ -110,10 +112,10 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    Loops for blocks of which something is hidden have a few values more in kernels for every GPU, and on Hopper in
-    those with 128 keys a block and three warpgroups. The Hopper backward stays there with all terms, but for one value
-    beside ALiBi; so does the Hopper gradient of a bias. Other kernels for several terms, float32 and larger head dims
-    have more values than there are registers: what they spill beside thousands of instructions is not to grow.
+    Loops for blocks of which something is hidden have a few values more in kernels for every GPU, and in two of
+    Hopper's. The Hopper backward stays there with all terms, but for one value beside ALiBi; so does the Hopper
+    gradient of a bias. Other kernels for several terms, float32 and larger head dims have more values than there are
+    registers: what they spill beside thousands of instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)
     if not sass.programs():
@@ -133,7 +135,10 @@ def test_main_loops_do_not_spill() -> None:
         if not (loops := list(sass.main_loops(instructions))):
             continue
         spills = [sum(bool(sass.LOCAL_MEMORY.search(instruction)) for instruction in loop) for loop in loops]
-        if mangled in plain:
+        if at_edges := [most for kernel, most in MOST_SPILLS_AT_EDGES.items() if kernel in name]:
+            assert min(spills) == 0, name
+            (most,) = at_edges
+        elif mangled in plain:
             assert min(spills) == 0, name
             most = MOST_SPILLS_OF_PLAIN[plain[mangled]]
         elif terms := re.search(small + r"\(fae::cuda::Terms\)([1-6])>", name):

@@ -220,7 +220,8 @@ def test_dropout_bits_are_those_of_the_specification(seed: int, offset: int) -> 
             for b in range(batch)
         ]
     )
-    assert bits.unique().numel() > 0.85 * bits.numel()  # 15 bits each: among 8,880 draws about 1,100 coincide
+    # Of 2^15 values, 8,880 draws are expected to hit 7,778.5, with a standard deviation of 27.7: six of them.
+    assert abs(bits.unique().numel() - 7778.5) < 6 * 27.7
     for p in (0.0, 1e-6, 0.1, 0.5, 0.999, 1.0):
         kept = reference.dropout_keep_mask(torch.tensor([seed, offset]), batch, heads, rows, cols, p)
         assert torch.equal(bits >= core.dropout_threshold(p), kept)
