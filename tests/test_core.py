@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator
-from itertools import groupby, pairwise
+from itertools import combinations, groupby, pairwise
 
 import pytest
 import torch
@@ -206,6 +206,40 @@ def test_packed_schedule_stays_inside_whatever_the_lengths() -> None:
 def test_philox_gives_the_published_words(counter: str, key: str, expected: str) -> None:
     counter_words, key_words, words = ([int(word, 16) for word in text.split()] for text in (counter, key, expected))
     assert core.philox4x32(counter_words, key_words) == words
+
+
+def dropout_halves(words: list[int]) -> list[int]:
+    """What a call gives its sixteen elements: the element's own byte above its tie byte."""
+    values = [value for odd_row in (False, True) for value in core.dropout_row_values(words, odd_row)]
+    return [half for value in values for half in (value & 0xFFFF, value >> 16)]
+
+
+def rank(vectors: Iterable[int]) -> int:
+    """Of vectors over the field of two elements, each the bits of an integer."""
+    basis: list[int] = []
+    for vector in vectors:
+        for other in basis:
+            vector = min(vector, vector ^ other)
+        if vector:
+            basis.append(vector)
+    return len(basis)
+
+
+def test_dropout_values_of_any_two_elements_of_a_call_are_independent() -> None:
+    rng = random.Random(12)
+    units = [dropout_halves([(1 << bit) >> 32 * i & 0xFFFFFFFF for i in range(4)]) for bit in range(128)]
+    # Values are linear in the bits of a call, exclusive or being the sum: they are known by those of single bits.
+    for _ in range(100):
+        call = rng.getrandbits(128)
+        expected = [0] * 16
+        for bit in range(128):
+            if call >> bit & 1:
+                expected = [a ^ b for a, b in zip(expected, units[bit], strict=True)]
+        assert dropout_halves([call >> 32 * i & 0xFFFFFFFF for i in range(4)]) == expected
+    # Which bits of a call are summed up in each bit of an element: independent where no sum of such sums is empty.
+    sums = [[sum((unit[i] >> bit & 1) << n for n, unit in enumerate(units)) for bit in range(16)] for i in range(16)]
+    for one, other in combinations(sums, 2):
+        assert rank(one + other) == 32
 
 
 @pytest.mark.parametrize(("seed", "offset"), [(0, 0), (-1, 3), (2**62 + 12345, 2**40 + 7)])

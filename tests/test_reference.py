@@ -255,11 +255,15 @@ def dropout_by_hand(rng_state: Tensor, batch_head: int, row: int, seqlen_k: int,
     seed, offset = (int(x) % 2**64 for x in rng_state)
     keep = []
     for col in range(seqlen_k):
-        row_group, col_group = (row >> 4) * 8 + (row & 7), (col >> 4) * 4 + ((col >> 1) & 3)
+        row_group, col_group = (row >> 4) * 4 + (row >> 1 & 3), (col >> 4) * 4 + (col >> 1 & 3)
         counter = torch.tensor([col_group, row_group, batch_head, offset % 2**32])
-        words = reference.philox4x32(counter, torch.tensor([seed % 2**32, seed >> 32]))
-        word = int(words[((row >> 3) & 1) + ((col >> 3) & 1) * 2])
-        keep.append(((word >> (16 if col & 1 else 0)) & 0x7FFF) >= round(dropout_p * 2**15))
+        words = reference.philox4x32(counter, torch.tensor([seed % 2**32, seed >> 32])).tolist()
+        halves = [word >> 16 if row % 2 else word & 0xFFFF for word in words]
+        own = [byte for half in halves for byte in (half & 0xFF, half >> 8)]
+        number = ((row >> 3 & 1) + (col >> 3 & 1) * 2) * 2 + col % 2
+        tie = (1, 2, 3, 0)[number % 4]  # p1 ^ q1, ... for the first four; p1 ^ q3, ... for the others
+        other = own[4 + tie] if number < 4 else own[4 + (tie + 2) % 4]
+        keep.append(((own[number] & 0x7F) << 8 | (own[tie] ^ other)) >= round(dropout_p * 2**15))
     return keep
 
 

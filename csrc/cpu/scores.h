@@ -59,15 +59,19 @@ class ScoreTerms {
   void dropout_factors(int64_t row, int64_t key0, int64_t col_begin, int64_t col_end, T* factors) const {
     const uint32_t threshold = dropout_threshold(p_.dropout_p);
     const T kept = static_cast<T>(dropout_scale(p_.dropout_p));
-    const int64_t row_group = DropoutBits::row_group(row);
+    const int64_t row_group = DropoutBits::group(row);
     for (int64_t col = col_begin / 16 * 16; col < col_end; col += 16) {
-      const int64_t col_group = DropoutBits::col_group(key0 + col);
-      Philox4 calls[DropoutBits::kColGroups];
+      const int64_t col_group = DropoutBits::group(key0 + col);
+      Philox4 calls[DropoutBits::kGroups];
       bits_.calls(calls, [&](int) { return row_group; }, [&](int i) { return col_group + i; });
-      for (int j = 0; j < 16; ++j) {
-        const uint32_t word = calls[j / 2 % 4].word[DropoutBits::word_of(row, j)];
-        const uint32_t bits = word >> DropoutBits::shift_of(j) & DropoutBits::kMask;
-        factors[col + j] = bits < threshold ? T(0) : kept;
+      for (int i = 0; i < DropoutBits::kGroups; ++i) {
+        uint32_t values[2];
+        DropoutBits::values_of_row(calls[i], row, values);
+        for (int half = 0; half < 2; ++half)
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t bits = values[half] >> DropoutBits::shift_of(e) & DropoutBits::kMask;
+            factors[col + 8 * half + 2 * i + e] = bits < threshold ? T(0) : kept;
+          }
       }
     }
   }

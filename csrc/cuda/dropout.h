@@ -3,58 +3,79 @@
 #include "../core/philox.h"
 #include "accumulator.h"
 
-// Dropout (core/philox.h) on accumulators. 16 rows by 16 columns become a left operand (sm80::as_left_operand), whose
-// registers take their elements in pairs: words of random bits are put in the same places.
+// Dropout (core/philox.h) on accumulators. A block of 16 rows by 16 columns becomes a left operand
+// (sm80::as_left_operand), whose registers take their elements in pairs: words of random bits are put in the same
+// places.
 
 namespace fae::cuda {
+
+// RowBytes, or Philox4.
+template <class Words>
+__device__ __forceinline__ Words choose(bool second, const Words& x, const Words& y) {
+  Words chosen;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Words) / sizeof(uint32_t); ++i) chosen.word[i] = second ? y.word[i] : x.word[i];
+  return chosen;
+}
+// For what the lane with the row beside this one's, or the column beside it of a transpose, gives for this lane.
+template <class Words>
+__device__ __forceinline__ Words exchange(Words x) {
+#pragma unroll
+  for (uint32_t& word : x.word) word = __shfl_xor_sync(0xffffffffu, word, 4);
+  return x;
+}
 
 // f(i, k, words) for every step k of every 16 rows i of an accumulator, or of the transpose if that is one: half b of
 // words[r] is for element b of register r. row0 and col0, where `s` begins, are multiples of 16.
 template <class Scores, class F>
 __device__ __forceinline__ void for_each_dropout_call(const DropoutBits& bits, const Scores& s, int row0, int col0,
                                                       F&& f) {
+  // Two lanes share a call: one has its even rows, or columns of a transpose, the other one the odd ones. Of two
+  // blocks, the first lane makes the call of the first, the other lane that of the second, and each gives the other its
+  // part. Both make the call of a last block that has no other beside it.
+  constexpr bool kNeighbours = Scores::kNeighbours;
+  constexpr int kColBlocks = Scores::kCols / 16, kBlocks = Scores::kRows / 16 * kColBlocks;
+  constexpr int kCalls = kColBlocks < 4 ? 1 : kColBlocks < 8 ? kColBlocks / 2 : 4;  // whose products overlap
   const int row = row0 + s.row(0, 0), col = col0 + s.col(0, 0);
-  if constexpr (Scores::kNeighbours) {
-    constexpr int M = Scores::kRowPieces, kSteps = Scores::kColPieces / 2;
-    constexpr int kCalls = kSteps % 4 == 0 ? 4 : kSteps % 2 == 0 ? 2 : 1;  // whose products overlap
-    const int row_group = DropoutBits::row_group(row), col_group = DropoutBits::col_group(col);
+  const int row_group = DropoutBits::group(row), col_group = DropoutBits::group(col);
+  const bool odd = (kNeighbours ? row : col) % 2 != 0;
+  const auto part_of = [](const Philox4& call, bool odd_lane) {
+    if constexpr (kNeighbours)
+      return DropoutBits::row_bytes(call, odd_lane);
+    else
+      return DropoutBits::col_values(call, odd_lane);
+  };
+  const auto give = [&](int block, const auto& part) {
+    const int row_block = block / kColBlocks, col_block = block % kColBlocks;
+    if constexpr (kNeighbours) {
+      f(row_block, col_block, DropoutBits::row_values(part).word);
+    } else {
+      const uint32_t words[4] = {part.word[0], part.word[2], part.word[1], part.word[3]};
+      f(col_block, row_block, words);
+    }
+  };
 #pragma unroll
-    for (int i = 0; i < M; ++i)
+  for (int first = 0; first < kBlocks; first += 2 * kCalls) {
+    // The group of this lane's call, in a block or in the next one.
+    const auto group = [&](int group0, int call, auto&& place_of) {
+      const int block = first + 2 * call, place = place_of(block);
+      const int more = block + 1 < kBlocks ? place_of(block + 1) - place : 0;
+      return group0 + (odd ? more * DropoutBits::kGroups : 0) + place * DropoutBits::kGroups;
+    };
+    Philox4 calls[kCalls];
+    bits.calls(
+        calls, [&](int call) { return group(row_group, call, [](int block) { return block / kColBlocks; }); },
+        [&](int call) { return group(col_group, call, [](int block) { return block % kColBlocks; }); });
 #pragma unroll
-      for (int k = 0; k < kSteps; k += kCalls) {
-        Philox4 calls[kCalls];
-        bits.calls(
-            calls, [&](int) { return row_group + i * DropoutBits::kRowGroups; },
-            [&](int call) { return col_group + (k + call) * DropoutBits::kColGroups; });
-#pragma unroll
-        for (int call = 0; call < kCalls; ++call) f(i, k + call, calls[call].word);
-      }
-  } else {
-    // A lane has two neighbouring rows of one column: one half of each word of two calls. It makes one of those, and
-    // the lane with the column beside it the other.
-    constexpr int kSteps = Scores::kRowPieces / 2, N = Scores::kColPieces;
-    const bool odd = col % 2 != 0;
-    const int row_group = DropoutBits::row_group(row + odd), col_group = DropoutBits::col_group(col);
-    // Of two words each: the halves that the other lane wants, and a half of mine beside one of its, lower row first.
-    const uint32_t theirs = odd ? 0x5410 : 0x7632, first = odd ? 0x3254 : 0x5410, second = odd ? 0x3276 : 0x7610;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      Philox4 calls[N];
-      bits.calls(
-          calls, [&](int) { return row_group + k * DropoutBits::kRowGroups; },
-          [&](int i) { return col_group + i * DropoutBits::kColGroups; });
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const uint32_t (&mine)[4] = calls[i].word;
-        uint32_t words[4];
-#pragma unroll
-        for (int col_half = 0; col_half < 2; ++col_half) {
-          const uint32_t upper = mine[2 * col_half], lower = mine[2 * col_half + 1];  // of the rows
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, __byte_perm(upper, lower, theirs), 4);
-          words[col_half] = __byte_perm(upper, other, first);
-          words[col_half + 2] = __byte_perm(lower, other, second);
-        }
-        f(i, k, words);
+    for (int call = 0; call < kCalls; ++call) {
+      const int block = first + 2 * call;
+      const auto mine = part_of(calls[call], odd);
+      if (block + 1 < kBlocks) {
+        const auto other = exchange(part_of(calls[call], !odd));
+        give(block, choose(odd, mine, other));
+        give(block + 1, choose(odd, other, mine));
+      } else if (block < kBlocks) {
+        give(block, mine);
       }
     }
   }

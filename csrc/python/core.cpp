@@ -83,6 +83,13 @@ void bind_dropout(py::module_& m) {
       },
       "counter"_a, "key"_a);
   m.def(
+      "dropout_row_values",
+      [](std::array<uint32_t, 4> words, bool odd_row) {
+        const Philox4 call{{words[0], words[1], words[2], words[3]}};
+        return std::to_array(DropoutBits::row_values(DropoutBits::row_bytes(call, odd_row)).word);
+      },
+      "words"_a, "odd_row"_a, "What the rows of one parity make of a call: two elements a word.");
+  m.def(
       "dropout_bits",
       [](int64_t seed, int64_t offset, int64_t heads, int64_t batch, int64_t head, int64_t row, int64_t col) {
         const int64_t rng_state[2] = {seed, offset};
