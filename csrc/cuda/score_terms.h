@@ -99,6 +99,7 @@ struct ScoreConstants {
   uint32_t dropped;     // random bits up to these, which begin at the topmost one; 0: nothing is
   SoftcapSeries softcap_series;
   uint32_t threshold;  // of dropout, in both halves, for kept_halves
+  float scale_log2;    // of products, to scores in powers of two
 
   FAE_INLINE explicit ScoreConstants(const Problem& p)
       : scale(static_cast<float>(p.softmax_scale)),
@@ -107,7 +108,8 @@ struct ScoreConstants {
         kept_weight(static_cast<float>(dropout_scale(p.dropout_p))),
         dropped(last_dropped(dropout_threshold(p.dropout_p))),
         softcap_series(p),
-        threshold(dropout_threshold(p.dropout_p) * 0x10001u) {}
+        threshold(dropout_threshold(p.dropout_p) * 0x10001u),
+        scale_log2(scale * kLog2e) {}
   FAE_INLINE bool drops() const { return kept_weight != 1; }
   // Half of a word decides: number 0 the lower one, 1 the upper one.
   FAE_INLINE bool keeps(uint32_t word, int half) const {
@@ -136,7 +138,7 @@ __device__ __forceinline__ float score_tanh(float x) {
   return tanh_of(x);
 }
 
-// T: what scores are products of.
+// T: what scores are products of. A bias has that type or float.
 template <class T>
 class ScoreTerms {
  public:
@@ -230,12 +232,10 @@ class ScoreTerms {
   template <class Scores>
   __device__ __forceinline__ void add_bias(Scores& s, int row0, int col0) const {
     const auto add = [&](int m, int half, int n, int e, auto x) { s.at(m, half, n, e) += as_float(x); };
-    if (p_.bias.dtype == DType::float32)
-      for_each_inside<float>(p_.bias, s, row0, col0, add);
-    else if (p_.bias.dtype == DType::bfloat16)
-      for_each_inside<__nv_bfloat16>(p_.bias, s, row0, col0, add);
+    if (sizeof(T) == 4 || p_.bias.dtype != DType::float32)
+      for_each_inside<T>(p_.bias, s, row0, col0, add);
     else
-      for_each_inside<__half>(p_.bias, s, row0, col0, add);
+      for_each_inside<float>(p_.bias, s, row0, col0, add);
   }
   template <class Scores>
   __device__ __forceinline__ void mask(Scores& s, int row0, int col0) const {

@@ -70,15 +70,33 @@ class BackwardComputer {
     wait(memory_.v_full(), v_block_++ % 2);
     wait(memory_.dout_full(stage()), parity());
     start_dprob();
-    finish_scores();
-    if (steps == 1) return step<true, true>();
-    step<true, false>();
+    if constexpr (kTerms == Terms::any) {
+      // One copy of what all terms take. Kernels for fewer have no registers for a loop like this.
 #pragma unroll 1
-    for (int left = steps - 2; left > 0; --left) step<false, false>();
+      for (int left = steps - 1;; --left) {
+        finish_scores();
+        if (left == 0) break;
+        if (left == steps - 1)
+          step<true, false>();
+        else
+          step<false, false>();
+      }
+      if (steps == 1) return step<true, true>();
+    } else {
+      finish_scores();
+      if (steps == 1) return step<true, true>();
+      step<true, false>();
+      finish_scores();
+#pragma unroll 1
+      for (int left = steps - 2; left > 0; --left) {
+        step<false, false>();
+        finish_scores();
+      }
+    }
     step<false, true>();
   }
 
-  // From P and dP of one step to those of the next.
+  // From P and dP of one step to the products for those of the next.
   template <bool kFirst, bool kLast>
   __device__ __forceinline__ void step() {
     Fragments p, ds;
@@ -116,7 +134,6 @@ class BackwardComputer {
       finish_gradients(step_ - 1);
       wait(memory_.dout_full(stage()), parity());
       start_dprob();
-      finish_scores();
     }
   }
 
