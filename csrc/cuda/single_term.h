@@ -75,21 +75,27 @@ __device__ __forceinline__ bool series_suffices(const Scores& s, const SoftcapSe
   return __all_sync(0xffffffffu, small);
 }
 
+// What is well below the cap, and what is not.
+template <class T, class Scores>
+__device__ __forceinline__ void cap_mixed_scores(Scores& s, const ScoreConstants& constants) {
+  const SoftcapSeries& series = constants.softcap_series;
+  const float cap_log2 = constants.softcap * kLog2e;
+  s.for_each([&](int m, int half, int n, int e) {
+    float& x = s.at(m, half, n, e);
+    if (fabsf(x) <= series.limit)
+      x = sum_series(series, x);
+    else
+      x = cap_log2 * score_tanh<T>(x * constants.scale_softcap);
+  });
+}
+
 template <class T, class Scores>
 __device__ __forceinline__ void cap_scores(Scores& s, const ScoreConstants& constants) {
   const SoftcapSeries& series = constants.softcap_series;
-  if (series_suffices(s, series)) {
+  if (series_suffices(s, series))
     s.for_each([&](int m, int half, int n, int e) { s.at(m, half, n, e) = sum_series(series, s.at(m, half, n, e)); });
-  } else {
-    const float cap_log2 = constants.softcap * kLog2e;
-    s.for_each([&](int m, int half, int n, int e) {
-      float& x = s.at(m, half, n, e);
-      if (fabsf(x) <= series.limit)
-        x = sum_series(series, x);
-      else
-        x = cap_log2 * score_tanh<T>(x * constants.scale_softcap);
-    });
-  }
+  else
+    cap_mixed_scores<T>(s, constants);
 }
 
 }  // namespace fae::cuda

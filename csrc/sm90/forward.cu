@@ -15,6 +15,9 @@ namespace {
 template <class T, class Config, Terms kTerms>
 class Computer {
   static constexpr bool kGeneral = kTerms == Terms::any;
+  // Blocks that every row sees whole keep the maximum. Not with a bias or a mask: scores far apart make few of them
+  // count, and P of the largest is to be exactly 1.
+  static constexpr bool kKeeps = !kGeneral && Config::kOverlay == Terms::none;
   static constexpr bool kNatural = kGeneral || kTerms == Terms::bias;  // units of scores; otherwise powers of two
   // The first product of a tile goes beside the end of the one before. Measured to help at this head dim alone.
   static constexpr bool kOverlapsTiles = Config::kDim == 128;
@@ -33,7 +36,7 @@ class Computer {
         overlay_(memory.ring_overlay(warp / 4)),
         warpgroup_(warp / 4),
         warp_row_(warp % 4 * 16),
-        scale_log2_(call.constants.scale * cuda::kLog2e) {}
+        turn_(warpgroup_ == 0 ? 1 : 0) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
@@ -78,19 +81,30 @@ class Computer {
   // A tile, from S of its first block to the end. Returns whether S of the next tile's first block is there, too.
   __device__ __forceinline__ bool attend() {
     begin();
-    const KeyBlocks<int> mine = my_blocks();
-    first_step(mine.end - 1, !mine.is_full(mine.end - 1));
-    int block = mine.end - 2;
+    int block = my_blocks().end - 1;
+    first_step(block--);
+    const auto follow_front = [&]() __attribute__((always_inline)) {
 #pragma unroll 1
-    for (; block >= mine.full_end; --block) step<true>(block);
-    if constexpr (kTerms == Terms::alibi) {  // on the way to the diagonal, scores grow: their maximum does not last
-      const Work tile = work();
-      const int diagonal = row_begin(tile) + tile.band.seqlen_k - tile.band.seqlen_q;
+      for (; follows_maximum(block); --block) step<false>(block);
+    };
+    const auto keep_middle = [&]() __attribute__((always_inline)) {
 #pragma unroll 1
-      for (; block >= mine.full_begin && (block + 1) * Config::kKeys > diagonal; --block) step<false, false>(block);
+      for (int left = block - my_blocks().full_begin; left >= 0; --left, --block) step<true>(block);
+    };
+    if constexpr (!kKeeps) {
+      follow_front();
+    } else if constexpr (Config::kTakesTurns) {
+      follow_front();
+      keep_middle();
+#pragma unroll 1
+      for (; block >= my_blocks().begin; --block) step<false>(block);
+    } else {
+#pragma unroll 1
+      while (block >= my_blocks().begin) {
+        follow_front();
+        keep_middle();
+      }
     }
-#pragma unroll 1
-    for (int left = block - mine.full_begin; left >= 0; --left, --block) step<false>(block);
     finish_blocks();
     const bool goes_on = kOverlapsTiles && next_tile_begins();
     if (goes_on) {
@@ -119,9 +133,10 @@ class Computer {
 
   // S = Q K^T of a tile's first block.
   __device__ __forceinline__ void start_first_scores(const typename Memory::Q& q) {
+    const Descriptor k = next_keys();
     k_.wait_full();
     take_turn();
-    start_scores(q);
+    start_scores(q, k);
     pass_turn();
   }
   __device__ __forceinline__ void finish_first_scores() {
@@ -142,14 +157,22 @@ class Computer {
     const KeyBlocks<int> mine = memory_.read_blocks(tile_ + 1, warpgroup_);
     return !mine.empty() && mine.end == memory_.read_blocks(tile_ + 1, Config::kWarpgroups).end;
   }
-  // The blocks below those that every row sees whole.
+  // Whether it is one of the tile's blocks, and follows its maximum: where not every row sees all of it, and up to 128
+  // keys from the end, which costs little and halves what a short row loses by a largest P that is not 1.
+  __device__ __forceinline__ bool follows_maximum(int block) const {
+    const KeyBlocks<int> mine = my_blocks();
+    if (block < mine.begin) return false;
+    if (!kKeeps || !mine.is_full(block) || (mine.end - block) * Config::kKeys <= 128) return true;
+    if constexpr (kTerms == Terms::alibi) {  // on the way to the diagonal, scores grow: their maximum does not last
+      const Work tile = work();
+      return (block + 1) * Config::kKeys > row_begin(tile) + tile.band.seqlen_k - tile.band.seqlen_q;
+    }
+    return false;
+  }
   __device__ __forceinline__ void finish_blocks() {
-    const KeyBlocks<int> all = blocks_of_all(), mine = my_blocks();
-#pragma unroll 1
-    for (int block = min(mine.end - 2, mine.full_begin - 1); block >= mine.begin; --block) step<true>(block);
     release_q();
     last_step();
-    skip(mine.begin - all.begin);
+    skip(my_blocks().begin - blocks_of_all().begin);
   }
 
   // All scores of the tile are there.
@@ -171,21 +194,22 @@ class Computer {
   }
 
   // P = exp(S - m) of the first block.
-  __device__ __forceinline__ void first_step(int block, bool edge) {
-    finish_scores(block, edge);
+  __device__ __forceinline__ void first_step(int block) {
+    finish_scores<false>(block);
     follow();
     release_overlay();
     if constexpr (kTerms == Terms::any) drop(block);
     pack_p(block);
   }
 
-  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. kEdge: not every row sees all keys.
-  // kKeeps: m stays, if it can.
-  template <bool kEdge, bool kKeeps = !kEdge && !kGeneral>
+  // S = Q K^T and P = exp(S - m) of a block, and with the P before it O += P V. kKeep: m stays, if it can; every row
+  // sees all keys.
+  template <bool kKeep>
   __device__ __forceinline__ void step(int block) {
+    const Descriptor k = next_keys();
     k_.wait_full();
     take_turn();
-    start_scores(q());
+    start_scores(q(), k);
     v_.wait_full();
     start_pv();
     pass_turn();
@@ -194,12 +218,12 @@ class Computer {
 
     cuda::RowFactors<1> factors;
     bool moved = true;
-    if constexpr (kKeeps) {
+    if constexpr (kKeep) {
       moved = keep(block, factors);
       release(k_);
     } else {
       release(k_);
-      finish_scores(block, kEdge);
+      finish_scores<false>(block);
       factors = follow();
     }
     release_overlay();
@@ -210,35 +234,40 @@ class Computer {
     fence_registers(output_.x[0]);
     release(v_);
     pack_p(block);
-    if (kKeeps ? moved : factors.any_moved()) cuda::rescale(output_, factors);
+    if (kKeep ? moved : factors.any_moved()) cuda::rescale(output_, factors);
   }
 
   // P with the m that is there, or, where it is too low, with one that has moved: by `factors`. Whether it has.
   __device__ __forceinline__ bool keep(int block, cuda::RowFactors<1>& factors) {
     const auto redo = [&](const auto& rows) {
       multiply_warp(scores_, q(), warp_row_, memory_.k(k_.stage()));
-      finish_scores(block, false);
+      finish_scores<true>(block);
       factors = follow(rows);
     };
+    const auto keep_with = [&](auto&& difference, auto&& where_too_low) {
+      return cuda::keep_maximum(states_, scores_, difference, where_too_low);
+    };
     if constexpr (kTerms == Terms::softcap) {
-      // The series goes beside the exponentials, which wait for another unit.
+      // The series goes beside the exponentials, which wait for another unit. Both ways have one copy of what redoes.
+      cuda::RowFlags<1> rows;
+      const auto remember = [&](const auto& these) { rows = these; };
       const cuda::SoftcapSeries& series = call_.constants.softcap_series;
-      if (cuda::series_suffices(scores_, series))
-        return cuda::keep_maximum(
-            states_, scores_, [&](float x, float m, auto...) { return cuda::sum_series(series, x) - m; }, redo);
-    }
-    if constexpr (kTerms == Terms::alibi) {
+      bool moved;
+      if (cuda::series_suffices(scores_, series)) {
+        moved = keep_with([&](float x, float m, auto...) { return cuda::sum_series(series, x) - m; }, remember);
+      } else {
+        cuda::cap_mixed_scores<T>(scores_, call_.constants);
+        moved = keep_with([](float x, float m, auto...) { return x - m; }, remember);
+      }
+      if (moved) redo(rows);
+      return moved;
+    } else if constexpr (kTerms == Terms::alibi) {
       // What is added takes m along. Such blocks are below the diagonal.
       const auto term = alibi(work(), block);
-      return cuda::keep_maximum(
-          states_, scores_,
-          [&](float x, float m, auto... at) { return fmaf(x, scale_log2_, term.below(scores_, -m, at...)); }, redo);
+      return keep_with(
+          [&](float x, float m, auto... at) { return fmaf(x, scale_log2(), term.below(scores_, -m, at...)); }, redo);
     } else {
-      finish_scores(block, false);
-      const float scale = exponent_scale();
-      return cuda::keep_maximum(
-          states_, scores_,
-          [&](float x, float m, auto...) { return kNatural ? (x - m) * cuda::kLog2e : fmaf(x, scale, -m); }, redo);
+      return keep_with([&](float x, float m, auto...) { return fmaf(x, scale_log2(), -m); }, redo);
     }
   }
 
@@ -251,9 +280,11 @@ class Computer {
     release(v_);
   }
 
-  __device__ __forceinline__ void start_scores(const typename Memory::Q& q) {
+  // K as operand: known before its turn, in which the tensor cores would wait for what leads there.
+  __device__ __forceinline__ Descriptor next_keys() const { return Descriptor(memory_.k(k_.stage()).base).now(); }
+  __device__ __forceinline__ void start_scores(const typename Memory::Q& q, const Descriptor& k) {
     begin_products();
-    start_straight(scores_, q, memory_.k(k_.stage()));
+    start_straight<typename Memory::Q, typename Memory::K>(scores_, q, k);
   }
   __device__ __forceinline__ void start_pv() {
     fence_registers(output_.x[0]);
@@ -283,23 +314,27 @@ class Computer {
   __device__ __forceinline__ void release_overlay() {
     if constexpr (Memory::kHasOverlay) release(overlay_);
   }
-  // Products become scores, but for a scale that the exponential brings.
-  __device__ __forceinline__ void finish_scores(int block, bool edge) {
+  // Products become scores, but for a scale that the exponential brings. kWhole: every row sees all keys.
+  template <bool kWhole>
+  __device__ __forceinline__ void finish_scores(int block) {
     if (kTerms == Terms::softcap) cuda::cap_scores<T>(scores_, call_.constants);
     apply_overlay();
+    const bool edge = !kWhole && !my_blocks().is_full(block);
     if (kTerms != Terms::any && kTerms != Terms::alibi && !edge) return;
     const Work tile = work();
     const int row = row_begin(tile) + warp_row_, key = key_begin(tile, block);
     if (kTerms == Terms::any) terms(tile).apply(scores_, row, key, [](int, int, int, int, float) {});
-    if (kTerms == Terms::alibi) alibi(tile, block).add(scores_, scale_log2_);
+    if (kTerms == Terms::alibi) alibi(tile, block).add(scores_, scale_log2());
     if (edge) cuda::mask_sides(scores_, tile.band, row, key);
   }
   __device__ __forceinline__ auto alibi(const Work& tile, int block) const {
     const int row = row_begin(tile) + warp_row_, key = block * Config::kKeys;
     return cuda::Alibi(scores_, slope_log2_, row + tile.band.seqlen_k - tile.band.seqlen_q - key);
   }
+  // Where instructions find it: a third register that they read would be paid by the products.
+  __device__ __forceinline__ float scale_log2() const { return call_.constants.scale_log2; }
   __device__ __forceinline__ float exponent_scale() const {
-    return kTerms == Terms::none || kTerms == Terms::dropout || kTerms == Terms::mask ? scale_log2_ : 1.0f;
+    return kTerms == Terms::none || kTerms == Terms::dropout || kTerms == Terms::mask ? scale_log2() : 1.0f;
   }
   __device__ __forceinline__ cuda::RowFactors<1> follow(const cuda::RowFlags<1>& keep = {}) {
     return cuda::follow_maximum<kNatural>(states_, scores_, exponent_scale(), keep);
@@ -384,7 +419,7 @@ class Computer {
   }
 
   __device__ __forceinline__ void take_turn() {
-    if constexpr (Config::kTakesTurns) wait(memory_.turn(warpgroup_), turn_ ^ (warpgroup_ == 0 ? 1 : 0));
+    if constexpr (Config::kTakesTurns) wait(memory_.turn(warpgroup_), turn_);
   }
   __device__ __forceinline__ void pass_turn() {
     if constexpr (!Config::kTakesTurns) return;
@@ -407,10 +442,9 @@ class Computer {
   typename Memory::RingV v_;
   typename Memory::RingOverlay overlay_;
   const int warpgroup_, warp_row_;  // the warp's rows begin at warp_row_ of the warpgroup's
-  const float scale_log2_;
-  float slope_log2_ = 0;  // of ALiBi, for the tile's head
+  float slope_log2_ = 0;            // of ALiBi, for the tile's head
   unsigned tile_ = 0;
-  uint32_t turn_ = 0;  // parity of the turns that this warpgroup has had
+  uint32_t turn_;  // parity of this warpgroup's turns: the first one has the first at once
   cuda::RowStates<1, kNatural> states_;
   Accumulator<1, N> scores_;
   Accumulator<1, ND> output_;

@@ -14,14 +14,20 @@ using cuda::warp_index;
 
 // Where wgmma finds an operand with the 128-byte swizzle. From eight rows (of an operand that is stored by columns:
 // eight columns) to the next eight are 1024 bytes; leading: bytes from 64 columns (rows) to the next 64, where one
-// product crosses those. Only the lower half changes from step to step.
+// product crosses those. Only the lower half changes from step to step. Addresses have 18 bits.
 class Descriptor {
  public:
   __device__ __forceinline__ Descriptor(uint32_t address, int leading = 16)
-      : low_((address & 0x3ffff) >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
+      : low_(address >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
   __device__ __forceinline__ uint64_t at(int bytes) const {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
     return kSwizzle128 | kStride >> 4 << 32 | (low_ + (bytes >> 4));
+  }
+  // Worked out here, and not where it is used.
+  __device__ __forceinline__ Descriptor now() const {
+    Descriptor result = *this;
+    result.low_ = opaque(low_);
+    return result;
   }
 
  private:
@@ -31,26 +37,35 @@ class Descriptor {
 // The same for rows of 16 bytes without swizzle, eight rows from the next, of which a product reads all 16 columns as
 // the same eight twice.
 __device__ __forceinline__ uint64_t doubled_descriptor(uint32_t address, int eight_rows) {
-  return static_cast<uint64_t>(eight_rows >> 4) << 32 | (address & 0x3ffff) >> 4;
+  return static_cast<uint64_t>(eight_rows >> 4) << 32 | address >> 4;
 }
 
-// S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows, from b_row on.
+// S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows, from b_row on, or where b0 says.
 template <class A, class B, int N>
-__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const B& b, bool accumulate,
-                                                  int b_row = 0) {
+__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const Descriptor& b0,
+                                                  bool accumulate) {
   static_assert(A::kRows == 64 && B::kRows % (8 * N) == 0 && A::kBlocks == B::kBlocks);
-  const Descriptor a0(a.base), b0(b.address(b_row, 0));
+  const Descriptor a0(a.base);
 #pragma unroll
   for (int k = 0; k < A::kCols / 16; ++k) {
     const auto step = [&](int rows) { return k / 4 * rows * cuda::kSwizzleBytes + k % 4 * 32; };
     multiply_async(s.x[0], a0.at(step(A::kRows)), b0.at(step(B::kRows)), accumulate || k > 0, typename A::Element{});
   }
 }
+template <class A, class B, int N>
+__device__ __forceinline__ void multiply_straight(Accumulator<1, N>& s, const A& a, const B& b, bool accumulate,
+                                                  int b_row = 0) {
+  multiply_straight<A, B>(s, a, Descriptor(b.address(b_row, 0)), accumulate);
+}
 // S = A B^T, started.
 template <class A, class B, int N>
-__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
-  multiply_straight(s, a, b, false);
+__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const Descriptor& b0) {
+  multiply_straight<A, B>(s, a, b0, false);
   commit_products();
+}
+template <class A, class B, int N>
+__device__ __forceinline__ void start_straight(Accumulator<1, N>& s, const A& a, const B& b) {
+  start_straight<A, B>(s, a, Descriptor(b.base));
 }
 
 // S = A B^T, and with kFolds the part of the statistics of B's rows (cuda/delta.h) that `selector` takes; started.
