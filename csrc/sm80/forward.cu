@@ -81,12 +81,19 @@ class ForwardTask {
     }
     output_.fill(0);
     int block = blocks_.begin;
-    if constexpr (!kGeneral) {
-      // The first block is one where maxima are looked for, whether or not some of it is hidden.
-      block = walk<true>(block, min(max(blocks_.full_begin, block + 1), blocks_.end));
-      block = walk<false>(block, blocks_.full_end);
+    if constexpr (kGeneral) {
+      walk<true>(block, blocks_.end);
+    } else {
+      // The first two blocks look for their maxima, whether or not some of them is hidden: the second costs little, and
+      // halves what a short row loses by a largest P that is not 1. The loop is for one copy of the code.
+      int end = min(max(blocks_.full_begin, block + 2), blocks_.end);
+#pragma unroll 1
+      for (;; end = blocks_.end) {
+        block = walk<true>(block, end);
+        if (block == blocks_.end) break;
+        block = walk<false>(block, blocks_.full_end);
+      }
     }
-    walk<true>(block, blocks_.end);
     finish();
   }
 
