@@ -72,31 +72,33 @@ def _functions(text: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 def main_loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
     """Innermost natural loops that have matrix products: what can be on the way from a loop's head back to it.
 
-    Not everything between the two addresses: compilers put code of others, and what seldom runs, anywhere.
+    Not everything between the two addresses: compilers put code of others, and what seldom runs, anywhere. Where a kernel
+    has products of warpgroups, a warp's are such code.
     """
     index = {at: i for i, (at, _) in enumerate(instructions)}
     before: list[list[int]] = [[] for _ in instructions]
-    back: dict[int, list[int]] = {}  # from heads to the branches that go back to them
+    back: list[tuple[int, int]] = []  # heads, and branches that go back to them: of two loops, perhaps
     for i, (_, what) in enumerate(instructions):
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what) if "BRA" in what else None
         target = index.get(int(branch[1], 16)) if branch else None
         if target is not None:
             before[target].append(i)
             if target <= i:
-                back.setdefault(target, []).append(i)
+                back.append((target, i))
         ends = re.match(r"(BRA|BRX|EXIT|RET)\b(?!.*\bU?P\d)", what)
         if not ends and i + 1 < len(instructions):
             before[i + 1].append(i)
 
-    loops = []
-    for head, branches in back.items():
-        body, reached = {head}, list(branches)
+    products = re.compile("HGMMA") if any("HGMMA" in what for _, what in instructions) else PRODUCTS
+    loops = set()
+    for head, branch in back:
+        body, reached = {head}, [branch]
         while reached:
             if (i := reached.pop()) not in body:
                 body.add(i)
                 reached += before[i]
-        if any(PRODUCTS.search(instructions[i][1]) for i in body):
-            loops.append(body)
+        if any(products.search(instructions[i][1]) for i in body):
+            loops.add(frozenset(body))
     for body in loops:
         if not any(other < body for other in loops):
             yield [instructions[i][1] for i in sorted(body)]

@@ -306,6 +306,27 @@ def test_small_probabilities(device: str, dtype: torch.dtype, head_dim: int) -> 
     assert all(error < 1.5 * errors[0][name] for name, error in errors[1].items()), errors
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_error_with_a_bias_is_that_of_rounding_probabilities(device: str, head_dim: int) -> None:
+    """Where scores lie far apart few probabilities count, and the largest loses nothing if it is exactly 1.
+
+    Exact probabilities, rounded once, are what can be reached. A largest one other than 1 makes the error a tenth larger.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 128, 2, head_dim), (2, 1024, 2, head_dim), (2, 1024, 2, head_dim), (2, 2, 128, 1024)
+    q, k, v, bias = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * head_dim**-0.5 + bias.double()
+    prob = (scores - scores.amax(-1, keepdim=True)).exp()
+
+    def output(rounded: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bkhd->bqhd", rounded.double() / prob.sum(-1, keepdim=True), v.double())
+
+    exact, reachable = output(prob), output(prob.bfloat16()).bfloat16()
+    ours = flash_attn_ext.attention(*(t.to(device) for t in (q, k, v)), bias=bias.to(device))
+    # A few thousand errors on either side: the quotient is 1 to a fiftieth.
+    assert (ours.cpu().double() - exact).norm() <= 1.05 * (reachable.double() - exact).norm()
+
+
 @pytest.mark.ranges
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
