@@ -25,7 +25,7 @@ MAX_COMPILE_SECONDS = 120.0  # twice what it takes on a machine of two cores tha
 # Instructions of a loop of hundreds or thousands.
 MOST_SPILLS, MOST_SPILLS_OF_ONE_TERM, MOST_SPILLS_OF_PLAIN = 75, 1, {"sm80": 2, "sm90": 0}
 # Three warpgroups with 128 keys a block have few registers left for blocks of which something is hidden.
-MOST_SPILLS_AT_EDGES = {"sm90::LongTile,": 1, "sm90::ForwardConfig<64, (fae::cuda::Terms)3>": 2}
+MOST_SPILLS_AT_EDGES = {"sm90::LongTile,": 1}
 # The last template argument of kernels for plain scores.
 PLAIN = r"(?:false|\(fae::cuda::Terms\)0)"
 # Tiles of head dims that are compiled.
@@ -112,9 +112,9 @@ def test_ptxas_reports_every_file_and_no_serialised_wgmma() -> None:
 def test_main_loops_do_not_spill() -> None:
     """Plain attention, in 16 bits, up to head dim 128, stays in registers while it multiplies.
 
-    Loops for blocks of which something is hidden have a few values more in kernels for every GPU, and in two of
-    Hopper's. The Hopper backward stays there with all terms, but for one value beside ALiBi; so does the Hopper
-    gradient of a bias. Other kernels for several terms, float32 and larger head dims have more values than there are
+    Loops for blocks of which something is hidden have a few values more in kernels for every GPU, and in one of
+    Hopper's. The Hopper backward stays there with all terms, but for one value beside ALiBi, as has the forward beside
+    dropout; so does the Hopper gradient of a bias. Other kernels for several terms, float32 and larger head dims have more values than there are
     registers: what they spill beside thousands of instructions is not to grow.
     """
     skip_unless_built(CUDA_LIBRARY)

@@ -14,11 +14,12 @@ using cuda::warp_index;
 
 // Where wgmma finds an operand with the 128-byte swizzle. From eight rows (of an operand that is stored by columns:
 // eight columns) to the next eight are 1024 bytes; leading: bytes from 64 columns (rows) to the next 64, where one
-// product crosses those. Only the lower half changes from step to step. Addresses have 18 bits.
+// product crosses those. Only the lower half changes from step to step. An address has 18 bits, and above them, in a
+// cluster, the thread block's number.
 class Descriptor {
  public:
   __device__ __forceinline__ Descriptor(uint32_t address, int leading = 16)
-      : low_(address >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
+      : low_((address & 0x3ffff) >> 4 | static_cast<uint32_t>(leading >> 4) << 16) {}
   __device__ __forceinline__ uint64_t at(int bytes) const {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = 8 * cuda::kSwizzleBytes;
     return kSwizzle128 | kStride >> 4 << 32 | (low_ + (bytes >> 4));
@@ -37,7 +38,7 @@ class Descriptor {
 // The same for rows of 16 bytes without swizzle, eight rows from the next, of which a product reads all 16 columns as
 // the same eight twice.
 __device__ __forceinline__ uint64_t doubled_descriptor(uint32_t address, int eight_rows) {
-  return static_cast<uint64_t>(eight_rows >> 4) << 32 | address >> 4;
+  return static_cast<uint64_t>(eight_rows >> 4) << 32 | (address & 0x3ffff) >> 4;
 }
 
 // S = A B^T, or S += A B^T, its steps only. A: 64 rows, B: 8 N rows, from b_row on, or where b0 says.
