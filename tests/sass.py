@@ -72,8 +72,8 @@ def _functions(text: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 def main_loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
     """Innermost natural loops that have matrix products: what can be on the way from a loop's head back to it.
 
-    Not everything between the two addresses: compilers put code of others, and what seldom runs, anywhere. Where a kernel
-    has products of warpgroups, a warp's are such code.
+    Not everything between the two addresses: compilers put code of others, and what seldom runs, anywhere. Where
+    a kernel has products of warpgroups, a warp's are such code.
     """
     index = {at: i for i, (at, _) in enumerate(instructions)}
     before: list[list[int]] = [[] for _ in instructions]

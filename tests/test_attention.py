@@ -310,7 +310,8 @@ def test_small_probabilities(device: str, dtype: torch.dtype, head_dim: int) -> 
 def test_error_with_a_bias_is_that_of_rounding_probabilities(device: str, head_dim: int) -> None:
     """Where scores lie far apart few probabilities count, and the largest loses nothing if it is exactly 1.
 
-    Exact probabilities, rounded once, are what can be reached. A largest one other than 1 makes the error a tenth larger.
+    Exact probabilities, rounded once, are what can be reached. A largest one other than 1 makes the error a tenth
+    larger.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 128, 2, head_dim), (2, 1024, 2, head_dim), (2, 1024, 2, head_dim), (2, 2, 128, 1024)
@@ -318,7 +319,7 @@ def test_error_with_a_bias_is_that_of_rounding_probabilities(device: str, head_d
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * head_dim**-0.5 + bias.double()
     prob = (scores - scores.amax(-1, keepdim=True)).exp()
 
-    def output(rounded: Tensor) -> Tensor:
+    def output(rounded: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bhqk,bkhd->bqhd", rounded.double() / prob.sum(-1, keepdim=True), v.double())
 
     exact, reachable = output(prob), output(prob.bfloat16()).bfloat16()
