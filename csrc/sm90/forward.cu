@@ -83,6 +83,8 @@ class Computer {
     begin();
     int block = my_blocks().end - 1;
     first_step(block--);
+    // In front and behind, blocks follow their maximum, in the middle they keep it. Which is faster, following by one
+    // copy of the code or by two, depends on the registers that the compiler finds (docs/kernels.md).
     const auto follow_front = [&]() __attribute__((always_inline)) {
 #pragma unroll 1
       for (; follows_maximum(block); --block) step<false>(block);
