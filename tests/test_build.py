@@ -15,6 +15,7 @@ import pytest
 import sass
 
 import flash_attn_ext
+from flash_attn_ext import _C
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(flash_attn_ext.__file__).parent
@@ -160,6 +161,8 @@ def test_maxima_are_read_from_the_operand_cache() -> None:
     Where they did not, kernels were 5 % slower. (At head dim 192 they do not: nobody has looked for a way yet.)
     """
     skip_unless_built(CUDA_LIBRARY)
+    if not _C.build_info()["cuda_version"].startswith("13.0."):
+        pytest.skip("another compiler gives out registers in another way: to be measured, not to be failed")
     if not sass.programs():
         pytest.skip("no cuobjdump or nvdisasm (Python packages nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)")
     symbols = {found[1] for log in ptxas_logs().values() for found in re.finditer(r"entry function '(\w+)'", log)}
