@@ -101,8 +101,6 @@ struct Block : RunningBlock {
   Fiber* running = nullptr;
 };
 
-constexpr int kRankShift = 24;  // of an address in another block
-
 Block* block = nullptr;  // of the running thread
 const char* const kBarrier = "__syncthreads";
 const char* const kClusterBarrier = "barrier.cluster";
@@ -116,14 +114,14 @@ void enter_block(Block& b) {
   running_block = &b;
 }
 
-Barrier& barrier_at(uint32_t offset) {
-  const auto found = block->barriers.find(offset);
-  if (found == block->barriers.end()) fail("no mbarrier at " + std::to_string(offset));
+Barrier& barrier_at(uint32_t address) {
+  const auto found = block->barriers.find(offset_of(address));
+  if (found == block->barriers.end()) fail("no mbarrier at " + std::to_string(offset_of(address)));
   return found->second;
 }
 
 // A phase has ended when the barrier is in one of the other parity.
-bool has_ended(uint32_t offset, int parity) { return static_cast<int>(barrier_at(offset).phase % 2) != parity; }
+bool has_ended(uint32_t address, int parity) { return static_cast<int>(barrier_at(address).phase % 2) != parity; }
 
 bool can_run(unsigned index) {
   const char* const waiting = block->waiting[index];
@@ -226,9 +224,8 @@ void deliver_store(Cluster& cluster) {
   const RemoteStore store = cluster.stores.front();
   cluster.stores.pop_front();
   enter_block(*cluster.blocks[store.address >> kRankShift]);
-  constexpr uint32_t kOffset = (uint32_t{1} << kRankShift) - 1;
-  std::memcpy(shared_bytes(store.address & kOffset, 16), store.bytes, 16);
-  Barrier& barrier = barrier_at(store.barrier & kOffset);
+  std::memcpy(shared_bytes(store.address, 16), store.bytes, 16);
+  Barrier& barrier = barrier_at(store.barrier);
   barrier.missing_bytes -= 16;
   barrier.end_phase_if_complete();
 }
@@ -358,23 +355,23 @@ void fail(const std::string& what) {
   std::abort();
 }
 
-void init_barrier(uint32_t offset, int count) {
-  shared_bytes(offset, 8);
-  block->barriers[offset] = {.count = count, .missing = count};
+void init_barrier(uint32_t address, int count) {
+  shared_bytes(address, 8);
+  block->barriers[offset_of(address)] = {.count = count, .missing = count};
 }
 
-void arrive_at_barrier(uint32_t offset, int expected_bytes) {
-  Barrier& barrier = barrier_at(offset);
-  if (barrier.missing == 0) fail("one arrival too many at the mbarrier at " + std::to_string(offset));
+void arrive_at_barrier(uint32_t address, int expected_bytes) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.missing == 0) fail("one arrival too many at the mbarrier at " + std::to_string(offset_of(address)));
   --barrier.missing;
   barrier.missing_bytes += expected_bytes;
   barrier.end_phase_if_complete();
 }
 
-void wait_for_barrier(uint32_t offset, int parity) {
-  if (has_ended(offset, parity)) return;
+void wait_for_barrier(uint32_t address, int parity) {
+  if (has_ended(address, parity)) return;
   Fiber& f = *block->running;
-  f.barrier = offset;
+  f.barrier = address;
   f.parity = parity;
   suspend(kMemoryBarrier);
   block->waiting[block->thread] = nullptr;
@@ -398,7 +395,6 @@ void cluster_barrier() {
   ++block->cluster->at_barrier;
   suspend(kClusterBarrier);
 }
-uint32_t in_block(uint32_t offset, int rank) { return offset | static_cast<uint32_t>(rank) << kRankShift; }
 void store_later(uint32_t address, const void* bytes, uint32_t barrier) {
   RemoteStore store{address, barrier, {}};
   std::memcpy(store.bytes, bytes, 16);
@@ -408,7 +404,7 @@ void arrive_in_block(uint32_t barrier) {
   Block* const own = block;
   enter_block(*own->cluster->blocks[barrier >> kRankShift]);
   if (block->live == 0) fail("an arrival at a block that has ended");
-  arrive_at_barrier(barrier & ((uint32_t{1} << kRankShift) - 1), 0);
+  arrive_at_barrier(barrier, 0);
   enter_block(*own);
 }
 

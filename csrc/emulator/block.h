@@ -60,9 +60,14 @@ void copy_later(uint32_t shared_offset, const void* global, int bytes, int valid
 void close_copy_group();
 void wait_for_copies(int groups_left);
 
-// `bytes` of shared memory at an offset; aborts where that is outside.
-inline char* shared_bytes(uint32_t offset, int bytes) {
+// An address in shared memory is an offset, and above it the block's number in its cluster.
+constexpr int kRankShift = 24;
+constexpr uint32_t offset_of(uint32_t address) { return address & ((uint32_t{1} << kRankShift) - 1); }
+
+// `bytes` of shared memory at an address; aborts where that is outside.
+inline char* shared_bytes(uint32_t address, int bytes) {
   std::vector<char>& shared = running_block->shared;
+  const uint32_t offset = offset_of(address);
   if (offset + static_cast<size_t>(bytes) > shared.size() || offset % bytes != 0) fail_outside(offset);
   return shared.data() + offset;
 }
@@ -73,16 +78,18 @@ int poll(const int* global);
 // The block's number in its cluster; where all threads of the cluster wait for each other.
 int cluster_rank();
 void cluster_barrier();
-// What lies at an offset in the shared memory of another block of the cluster, for the two operations below.
-uint32_t in_block(uint32_t offset, int rank);
+// The same place in the shared memory of another block of the cluster, for the two operations below.
+inline uint32_t in_block(uint32_t address, int rank) {
+  return offset_of(address) | static_cast<uint32_t>(rank) << kRankShift;
+}
 // 16 bytes that arrive when no thread can go on without them, counted by a barrier of the same block.
 void store_later(uint32_t address, const void* bytes, uint32_t barrier);
 void arrive_in_block(uint32_t barrier);
 
 // mbarrier: its phase ends when `count` threads have arrived and all bytes that are expected have come.
-void init_barrier(uint32_t offset, int count);
-void arrive_at_barrier(uint32_t offset, int expected_bytes);
-void wait_for_barrier(uint32_t offset, int parity);
+void init_barrier(uint32_t address, int count);
+void arrive_at_barrier(uint32_t address, int expected_bytes);
+void wait_for_barrier(uint32_t address, int parity);
 
 // A tensor of up to four dimensions, the first one contiguous, and the box of it (of two dimensions) that a copy moves.
 struct TensorMap {

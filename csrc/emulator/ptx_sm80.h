@@ -12,7 +12,8 @@ using emulator::LaneOperands;
 
 inline char* dynamic_shared_memory() { return emulator::shared_memory(); }
 inline uint32_t shared_offset(const void* p) {
-  return static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_memory());
+  const auto offset = static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_memory());
+  return emulator::in_block(offset, emulator::cluster_rank());
 }
 
 using Words = uint32_t[4];
