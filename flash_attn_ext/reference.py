@@ -354,8 +354,8 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def dropout_values(words: Tensor) -> Tensor:
-    """The 15 bits of the sixteen elements that a call of Philox serves: (..., 4) words to (..., 2, 2, 2, 2) numbers.
+def _dropout_values(words: Tensor) -> Tensor:
+    """The 15 bits of the sixteen elements that a call of Philox serves: (..., 4) words to (..., 2, 2, 2, 2), int64.
 
     The axes are column / 8 % 2 and row / 8 % 2, which number a word; row % 2, its half; column % 2, the byte in that.
     An element's number is the lower seven bits of its byte, then those of a tie byte. Of a row parity there are eight
@@ -394,7 +394,7 @@ def dropout_keep_mask(
     batch_head, row, col = torch.meshgrid(*ranges, indexing="ij")
     place = (col + first_key // 4, row, batch_head + first_batch * heads, (offset & _WORD).expand_as(col))
     words = philox4x32(torch.stack(place, -1), torch.stack((seed & _WORD, (seed >> 32) & _WORD)))
-    bits = dropout_values(words).reshape(batch * heads, blocks_q, 4, blocks_k, 4, 2, 2, 2, 2)
+    bits = _dropout_values(words).reshape(batch * heads, blocks_q, 4, blocks_k, 4, 2, 2, 2, 2)
     # By head; row / 16, row / 8 % 2, row / 2 % 4, row % 2; the same of the column.
     bits = bits.permute(0, 1, 6, 2, 7, 3, 5, 4, 8)
     keep = bits.reshape(batch, heads, blocks_q * 16, blocks_k * 16) >= math.floor(dropout_p * 2**15 + 0.5)
