@@ -11,23 +11,16 @@ time python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
 python3 -m flash_attn_ext info
 
 status=0
-# What needs the GPU for itself, and C++ programs.
-timeout 300 python3 -m pytest -q -m "gpu and slow" tests > "$out/slow.log" 2>&1 || status=1
-tail -n 25 "$out/slow.log"
-
-# With the kernels that dispatch chooses, then with those for every GPU. Processes share the GPU; a hang must not take
-# the whole run with it.
-for backends in "" sm80,cpu; do
-  log="$out/tests${backends:+-sm80}.log"
-  FAE_BACKENDS=$backends timeout 300 \
-    python3 -m pytest -q -m "gpu and not slow" -n "$((jobs < 12 ? jobs : 12))" tests > "$log" 2>&1 || status=1
+run() {  # LOG [pytest's arguments]
+  local log=$out/$1.log
+  shift
+  timeout 300 python3 -m pytest -q "$@" > "$log" 2>&1 || status=1
   tail -n 25 "$log"
-done
-
-# What reaches every kernel: all features and head dims of one dtype, for racecheck, which takes twice the time of the
-# others, head dims alone. The tools run side by side: they are slow on the host. Two of them see the kernels for every GPU
-# only: initcheck takes what the tensor memory accelerator has stored for uninitialised, and racecheck does not follow an
-# order in which the arrival of one lane at a barrier stands for its warp.
+}
+# Reaches every kernel: all features and head dims of one dtype; for racecheck, which takes twice the time of the others,
+# head dims alone. Two tools see the kernels for every GPU only: initcheck takes what the tensor memory accelerator has
+# stored for uninitialised, and racecheck does not follow an order in which the arrival of one lane at a barrier stands
+# for its warp.
 sanitize() {
   local tests="test_feature or test_head_dim" backends=""
   [ "$1" = racecheck ] && tests=test_head_dim
@@ -38,12 +31,28 @@ sanitize() {
   echo "$1: exit $code; $(grep -h "ERROR SUMMARY\|RACECHECK SUMMARY" "$out/$1.log" | tail -n 1)"
   return "$code"
 }
-tools=()
-for tool in memcheck initcheck synccheck racecheck; do
+
+# What is measured has the machine for itself. Everything else shares it, some of it with the compiler of C++ programs.
+run slow -m "gpu and slow" tests/test_gpu.py
+background=()
+timeout 300 python3 -m pytest -q -m "gpu and slow" tests --ignore tests/test_gpu.py > "$out/programs.log" 2>&1 &
+background+=($!)
+
+# With the kernels that dispatch chooses, then with those for every GPU; two tools beside each, which are slow on the
+# host. More processes take longer: their kernels take turns.
+processes=$((jobs < 8 ? jobs : 7))
+for tool in memcheck synccheck; do
   sanitize "$tool" &
-  tools+=($!)
+  background+=($!)
 done
-for process in "${tools[@]}"; do
+run tests -m "gpu and not slow" -n "$processes" tests
+for tool in initcheck racecheck; do
+  sanitize "$tool" &
+  background+=($!)
+done
+FAE_BACKENDS=sm80,cpu run tests-sm80 -m "gpu and not slow" -n "$processes" tests
+for process in "${background[@]}"; do
   wait "$process" || status=1
 done
+tail -n 1 "$out/programs.log"
 exit "$status"
