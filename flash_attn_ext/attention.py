@@ -74,7 +74,8 @@ def attention(
             1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.
         seqused_q, seqused_k: (batch,) int32: how many rows and keys of each sequence are in use; the diagonal follows
             them. Rows beyond give out 0 and lse -inf.
-        deterministic: the gradients are the same, bit for bit, from run to run.
+        deterministic: the gradients are the same, bit for bit, from run to run. So they are with False: no
+            backend has a backward that would be faster.
         return_lse: return (out, lse) instead of out.
 
     Returns:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds, tests and sanitises on a machine with a GPU: bash tests/gpu.sh [OUTPUT_FOLDER]. Uses the active environment, which
-# needs torch with CUDA, cmake, ninja, pybind11, pytest, pytest-xdist and hypothesis; no network.
+# Builds, tests and sanitises on a machine with a GPU: bash tests/gpu.sh [OUTPUT_FOLDER]. Needs nvcc, compute-sanitizer and
+# a C++20 compiler, and an active environment with torch for CUDA, cmake, ninja, pybind11, setuptools 77, numpy, pytest,
+# pytest-xdist and hypothesis; no network.
 set -uo pipefail
+out=$(realpath -m "${1:-$(dirname "$0")/../build/gpu}")
 cd "$(dirname "$0")/.."
-out=${1:-build/gpu}
 mkdir -p "$out"
-jobs=$(nproc)
+jobs=$(nproc --all) # nproc alone counts no more than OMP_NUM_THREADS
 
-time python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
+time FAE_CUDA=1 python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
 python3 -m flash_attn_ext info
 
 status=0
@@ -17,16 +18,17 @@ run() {  # LOG [pytest's arguments]
   timeout 300 python3 -m pytest -q "$@" > "$log" 2>&1 || status=1
   tail -n 25 "$log"
 }
-# Reaches every kernel: all features and head dims of one dtype; for racecheck, which takes twice the time of the others,
-# head dims alone. Two tools see the kernels for every GPU only: initcheck takes what the tensor memory accelerator has
-# stored for uninitialised, and racecheck does not follow an order in which the arrival of one lane at a barrier stands
-# for its warp.
+# Attention, softmax and merge: all features of one dtype, all head dims of two. For racecheck, which takes twice the time
+# of the others, head dims alone. Two tools see the attention kernels for every GPU only: initcheck takes what the tensor
+# memory accelerator has stored for uninitialised, and racecheck does not follow an order in which the arrival of one lane
+# at a barrier stands for its warp.
 sanitize() {
-  local tests="test_feature or test_head_dim" backends=""
-  [ "$1" = racecheck ] && tests=test_head_dim
+  local tests="cuda-bf16 and (test_feature or test_head_dim) or cuda-fp32 and test_head_dim" backends=""
+  [ "$1" = racecheck ] && tests="test_head_dim and (cuda-bf16 or cuda-fp32-64)"
   [[ $1 = racecheck || $1 = initcheck ]] && backends=sm80,cpu
   FAE_BACKENDS=$backends timeout 300 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 \
-    python3 -m pytest -q -p no:xdist tests/test_attention.py -k "cuda-bf16 and ($tests)" > "$out/$1.log" 2>&1
+    python3 -m pytest -q -p no:xdist tests/test_attention.py tests/test_softmax_merge.py -k "$tests or cuda-dtype1" \
+    > "$out/$1.log" 2>&1
   local code=$?
   echo "$1: exit $code; $(grep -h "ERROR SUMMARY\|RACECHECK SUMMARY" "$out/$1.log" | tail -n 1)"
   return "$code"
@@ -38,7 +40,7 @@ background=()
 timeout 300 python3 -m pytest -q -m "gpu and slow" tests --ignore tests/test_gpu.py > "$out/programs.log" 2>&1 &
 background+=($!)
 
-# With the kernels that dispatch chooses, then with those for every GPU; two tools beside each, which are slow on the
+# With the kernels that dispatch chooses, then with those for every GPU; tools begin beside each, which are slow on the
 # host. More processes take longer: their kernels take turns.
 processes=$((jobs < 8 ? jobs : 7))
 for tool in memcheck synccheck; do

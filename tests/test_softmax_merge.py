@@ -19,7 +19,9 @@ from flash_attn_ext import _C, reference
 ops = torch.ops.flash_attn_ext
 INF = float("inf")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PLACES = [f"cpu-{level}" for level in CPU_LEVELS if level not in MATRIX_LEVELS] + ["cuda"]
+PLACES = [f"cpu-{level}" for level in CPU_LEVELS if level not in MATRIX_LEVELS] + [
+    pytest.param("cuda", marks=pytest.mark.gpu)
+]
 
 
 @pytest.fixture(params=PLACES)

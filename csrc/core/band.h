@@ -61,8 +61,10 @@ struct BasicBand {
 using Interval = BasicInterval<int64_t>;
 using Band = BasicBand<int64_t>;
 
-FAE_INLINE Band band_of(const Problem& p, const Sequence& s) {
-  return Band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+// What a sequence's rows see: the one place where a problem becomes a band.
+template <class Int = int64_t>
+FAE_INLINE BasicBand<Int> band_of(const Problem& p, const Sequence& s) {
+  return BasicBand<Int>(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
 }
 
 }  // namespace fae

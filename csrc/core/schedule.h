@@ -13,7 +13,7 @@ FAE_INLINE std::common_type_t<A, B> ceil_div(A a, B b) {
 }
 FAE_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One block of rows of one head: what a forward task computes.
+// One block of one head, of rows or, in a backward, of keys: what a task computes.
 struct Tile {
   int64_t batch = 0, head = 0, block = 0;
 };
@@ -66,7 +66,7 @@ struct PackedBlocks {
 // tiles with the block slowest. Lengths are read on the device only. Numbers have 32 bits: a grid has no more, and a
 // division of 64 takes a GPU longer than a small tile.
 struct GridSchedule {
-  int64_t tasks = 0;  // more than 32 bits of them do not launch
+  int64_t tasks = 0;  // backends decline more than 32 bits of them
   uint32_t heads = 0, blocks = 0;
   uint32_t run = 1;  // heads that share something; all tiles of a group's first heads come before its second's
   uint32_t pairs = 0, group = 1;             // of batch and run of heads
@@ -87,8 +87,8 @@ struct GridSchedule {
     blocks = static_cast<uint32_t>(packed.size());
     tasks = heads_ * packed.size();
   }
-  // At least `count` pairs of batch and run go together, in groups as equal as can be: a small last one would begin
-  // with long tasks when little else is left.
+  // At least `count` pairs of batch and run go together, and in the last group few less: a small one would begin with
+  // long tasks when little else is left.
   FAE_INLINE void group_pairs(int64_t count, int64_t run_ = 1) {
     run = static_cast<uint32_t>(run_);
     pairs /= run;

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <algorithm>
-
 #include "../core/backend.h"
 #include "../core/schedule.h"
 

@@ -101,7 +101,7 @@ void clear_other_rows(const Problem& p, const Execution& execution) {
 void clear_other_gradients(const BackwardProblem& p, const Execution& execution) {
   Rows queries, keys;
   // Where lengths are the tensors' own, the host knows whether any row sees no key.
-  const Band band(p.max_seqlen_q, p.max_seqlen_k, p.window_left, p.window_right);
+  const Band band = band_of(p, Sequence{0, 0, p.max_seqlen_q, p.max_seqlen_k});
   const bool all_see = band.rows_any(0, band.seqlen_k).size() == band.seqlen_q;
   if (p.cu_seqlens_q || p.seqused_q || p.seqused_k || !all_see) {
     queries = rows_of(p, false, p.heads);

@@ -100,7 +100,7 @@ class BackwardTask {
                                               : batch_ * p_.heads * call.query_blocks_per_head)),
         q_start_(static_cast<int>(sequence.q_start)),
         k_start_(static_cast<int>(sequence.k_start)),
-        band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
+        band_(band_of<int>(p_, sequence)),
         memory_{shared_offset(dynamic_shared_memory())} {
     const auto rows = band_.rows_any(key_begin(), min(key_begin() + Config::kKeys, band_.seqlen_k));
     if (rows.empty()) return;

@@ -201,7 +201,7 @@ class BiasGradientTask {
   __device__ __forceinline__ void find_visible() {
     for (; left_ > 0; skip()) {
       const Sequence s = sequence_of(p_, next_.batch);
-      const cuda::DeviceBand band = band_of(s);
+      const cuda::DeviceBand band = band_of<int>(p_, s);
       const auto seen = band.any(next_.row, min(next_.row + Config::kRows, band.seqlen_q));
       if (!seen.empty() && seen.begin < next_.key + Config::kKeys && seen.end > next_.key) return;
     }
@@ -210,14 +210,11 @@ class BiasGradientTask {
     --left_;
     tiles_.advance(next_);
   }
-  __device__ __forceinline__ cuda::DeviceBand band_of(const Sequence& s) const {
-    return {s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right};
-  }
 
   // Adds the gradient of the scores of the block next_, whose Q and K are on their way, and goes on to the one after.
   __device__ __forceinline__ void visit() {
     const Place block = next_;
-    const cuda::DeviceBand band = band_of(sequence_of(p_, block.batch));
+    const cuda::DeviceBand band = band_of<int>(p_, sequence_of(p_, block.batch));
     const Recompute recompute(p_, call_.constants, block.batch, block.head, band, call_.precision);
     const Warps warp;
     const int row = block.row + warp.col, key = block.key + warp.row;

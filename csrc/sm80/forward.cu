@@ -57,7 +57,7 @@ class ForwardTask {
         value_begin_(value_chunk * Config::kDimV),
         q_start_(static_cast<int>(sequence.q_start)),
         k_start_(static_cast<int>(sequence.k_start)),
-        band_(sequence.seqlen_q, sequence.seqlen_k, p_.window_left, p_.window_right),
+        band_(band_of<int>(p_, sequence)),
         blocks_(band_.any(row_begin_, row_end(Config::kRows)), band_.every(row_begin_, row_end(Config::kRows)),
                 Config::kKeys),
         memory_{shared_offset(dynamic_shared_memory())},

@@ -3,7 +3,8 @@
 #include "backward_memory.h"
 #include "tensor_map.h"
 
-// The warps of the backward that do not compute: one loads, another keeps the order of the visits to dQ.
+// The warps of the backward that do not compute: one loads, two keep the order of the visits to dQ, and one stores the
+// gradient of a bias where dS is that.
 
 namespace fae::sm90 {
 
@@ -59,7 +60,7 @@ class BackwardLoader {
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
     const int group = static_cast<int>(static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv));
     const int key = block * Config::kKeys;
-    const cuda::DeviceBand band(s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right);
+    const cuda::DeviceBand band = band_of<int>(p_, s);
     const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
     const int first_block = rows.begin / Config::kRows;
     const int blocks = rows.empty() ? 0 : ceil_div(rows.end, Config::kRows) - first_block;
@@ -152,7 +153,8 @@ class BackwardLoader {
     ++v_block_;
   }
 
-  // Q, dO, the statistics and the overlay of a step, and behind the first step's Q and dO a block's keys.
+  // Q, dO, the statistics and the overlay of a step, and behind the first step's Q and dO a block's V, and its K unless
+  // that has been loaded before.
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
     const int row = keys.q_start + step.row_begin;

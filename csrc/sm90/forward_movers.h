@@ -75,7 +75,7 @@ class Loader {
               static_cast<int>(tile.block) * Config::kRows,
               static_cast<int>(s.q_start),
               static_cast<int>(s.k_start),
-              {s.seqlen_q, s.seqlen_k, p_.window_left, p_.window_right}};
+              band_of<int>(p_, s)};
       break;
     }
     // Every lane for the rows of one warpgroup, the last for all of them.

@@ -65,7 +65,8 @@ def register(name: str = NAME) -> None:
     """Makes `name` an attention implementation of transformers. Models use it once they are told to.
 
     Raises:
-        InputError: transformers takes names with "flash", "sdpa", "flex_attention" or "eager" in them for its own.
+        InputError: transformers takes names with "flash", "sdpa", "flex_attention", "eager" or "paged" in them for
+            its own.
     """
     reserved = [word for word in ("flash", "sdpa", "flex_attention", "eager", "paged") if word in name]
     if reserved:
