@@ -66,7 +66,7 @@ struct PackedBlocks {
 // tiles with the block slowest. Lengths are read on the device only. Numbers have 32 bits: a grid has no more, and a
 // division of 64 takes a GPU longer than a small tile.
 struct GridSchedule {
-  int64_t tasks = 0;  // backends decline more than 32 bits of them
+  int64_t tasks = 0;  // more than 32 bits of them are declined, or do not launch
   uint32_t heads = 0, blocks = 0;
   uint32_t run = 1;  // heads that share something; all tiles of a group's first heads come before its second's
   uint32_t pairs = 0, group = 1;             // of batch and run of heads
