@@ -32,9 +32,6 @@ struct ForwardTile {
   // Warpgroups start their products in turn, so that one computes scores while another multiplies: by themselves they
   // fall into step, and do neither beside the other. Measured to help here alone.
   static constexpr bool kTakesTurns = kDim == 128 || kKeys == 128;
-  // Whether a sequence has its tiles in this kernel, and whether most have.
-  static FAE_INLINE bool takes(int, int) { return true; }
-  static constexpr bool kTakesMost = true;
   // Kernels for one gradient are made of the same parts.
   static constexpr bool kFromKeys = false, kHasDout = false, kHasStatistics = false, kClearsK = false;
   static constexpr bool kLatePv = true;     // V is used a block later than K
@@ -76,25 +73,9 @@ struct ForwardConfig<64, Terms::bias> : WithOverlay<ForwardTile<3, 128, 64, 64, 
 template <>
 struct ForwardConfig<64, Terms::mask> : WithOverlay<ForwardTile<3, 128, 64, 64, 2, 3, 3>, Terms::mask, 3> {};
 
-// Without terms, sequences that are long have such a kernel of their own: three warpgroups would leave too many rows of
-// a tile empty where a sequence is short. Which of the two it is depends on that sequence alone, so that it has the
-// same bits in any batch.
-#if defined(FAE_EMULATOR)
-constexpr int kLongSequence = 256;  // not too long for tests
-#else
-constexpr int kLongSequence = 4096;
-#endif
-FAE_INLINE bool is_long(int64_t seqlen_q, int64_t seqlen_k) {
-  return seqlen_q >= kLongSequence && seqlen_k >= kLongSequence;
-}
+// Tiles of 192 rows and 128 keys were measured for plain scores, too: they gain nothing in the mean.
 template <>
-struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {
-  static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return !is_long(seqlen_q, seqlen_k); }
-};
-struct LongTile : ForwardTile<3, 128, 64, 64, 2, 4, 4> {
-  static constexpr bool kTakesMost = false;
-  static FAE_INLINE bool takes(int seqlen_q, int seqlen_k) { return is_long(seqlen_q, seqlen_k); }
-};
+struct ForwardConfig<64, Terms::none> : ForwardTile<4, 64, 64, 64, 2, 6, 6> {};
 
 template <Terms kTerms>
 struct ForwardConfig<128, kTerms> : ForwardTile<2, 128, 128, 128, 2, 3, 2> {};

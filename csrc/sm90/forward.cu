@@ -520,12 +520,8 @@ void run_kernel(const Problem& p, const Execution& execution) {
 template <class T, Terms kTerms>
 void run_forward(const Problem& p, const Execution& execution) {
   if constexpr (FAE_HEAD_DIM == 64 && kTerms == Terms::none) {
-    if (is_long(p.max_seqlen_q, p.max_seqlen_k)) {
-      run_kernel<T, LongTile, kTerms>(p, execution);
-      if (!p.lengths_in_tensors()) return;
-    } else if (p.max_seqlen_q <= TwoHeadsTile::kRows && p.heads % 2 == 0) {
+    if (p.max_seqlen_q <= TwoHeadsTile::kRows && p.heads % 2 == 0)
       return run_kernel<T, TwoHeadsTile, kTerms>(p, execution);
-    }
   }
   run_kernel<T, ForwardConfig<FAE_HEAD_DIM, kTerms>, kTerms>(p, execution);
 }

@@ -57,15 +57,13 @@ class Loader {
   __device__ void plan(unsigned number) {
     Work work = {.batch = -1};
     index_ = number == 0 && !kDrawsAll ? blockIdx.x : next_index();
-    if (number == 0 && !has_tiles()) index_ = static_cast<unsigned>(call_.schedule.size());
 #pragma unroll 1
     for (; index_ < static_cast<unsigned>(call_.schedule.size()); index_ = next_index()) {
       Tile tile = call_.schedule[index_];
       if constexpr (Memory::kHasOverlay)
         if (call_.heads_first) tile = {tile.head, tile.batch, tile.block};
       const Sequence s = sequence_of(p_, tile.batch);
-      if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q || !Config::takes(s.seqlen_q, s.seqlen_k))
-        continue;
+      if (tile.block < 0 || tile.block * Config::kRows >= s.seqlen_q) continue;
       const unsigned group = static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv);
       const int head = static_cast<int>(tile.head) * Config::kHeads;
       [[maybe_unused]] const int head_kv = static_cast<int>(static_cast<unsigned>(head) / group);
@@ -94,18 +92,6 @@ class Loader {
     if (first_) memory_.write_work(number, work);
     if (lane_index() <= Config::kWarpgroups) memory_.write_blocks(number, part, blocks);
     __syncwarp();
-  }
-
-  // Whether there is a sequence for a kernel that most have nothing for: to see that from one tile after the other
-  // takes as long as a short kernel.
-  __device__ bool has_tiles() const {
-    if (Config::kTakesMost || !p_.lengths_in_tensors()) return true;
-    bool any = false;
-    for (int64_t b = lane_index(); b < p_.batch; b += cuda::kWarpThreads) {
-      const Sequence s = sequence_of(p_, b);
-      any |= Config::takes(s.seqlen_q, s.seqlen_k);
-    }
-    return __any_sync(0xffffffffu, any);
   }
 
   __device__ unsigned next_index() {
