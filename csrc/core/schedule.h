@@ -69,8 +69,7 @@ struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them are declined, or do not launch
   uint32_t heads = 0, blocks = 0;
   uint32_t run = 1;  // heads that share something; all tiles of a group's first heads come before its second's
-  uint32_t pairs = 0, group = 1;             // of batch and run of heads
-  static constexpr uint32_t kFewBlocks = 4;  // hardly wait for each other
+  uint32_t pairs = 0, group = 1;  // of batch and run of heads
   bool last_first = false;
   bool alternate = false;  // groups of even runs, last block first, and of odd runs, first block first, take turns
   PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
@@ -95,22 +94,19 @@ struct GridSchedule {
     const uint32_t groups = pairs / static_cast<uint32_t>(clamp_length(count - 1, int64_t{pairs}) + 1);
     group = groups > 1 ? ceil_div(pairs, groups) : pairs > 0 ? pairs : 1;
   }
-  // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; at least
-  // `count` pairs go together. The order of both follows from the head's number alone, so that its results do not
+  // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; `least` to
+  // `most` pairs go together. The order of both follows from the head's number alone, so that its results do not
   // depend on what else there is. Where runs cannot be paired, all have their first block first.
-  FAE_INLINE void take_turns(int64_t run_, int64_t count) {
+  FAE_INLINE void take_turns(int64_t run_, int64_t least, int64_t most) {
     run = static_cast<uint32_t>(run_);
     pairs /= run;
     alternate = heads / run % 2 == 0;
     const uint32_t all = alternate ? pairs / 2 : pairs;
-    const uint32_t least = static_cast<uint32_t>(clamp_length(count - 1, int64_t{all} - 1) + 1);
-    group = least;
-    if (blocks <= kFewBlocks) return;
-    // In a last group of few pairs, tasks wait for each other while others have none: up to twice as many pairs go
-    // together where that leaves it fuller.
+    group = static_cast<uint32_t>(clamp_length(least - 1, int64_t{all} - 1) + 1);
+    // In a last group of few pairs, tasks wait for each other while others have none: the fullest, of them the largest.
     const auto last = [&](uint32_t size) { return uint64_t{all % size == 0 ? size : all % size}; };
-    for (uint32_t more = least + 1; more <= 2 * least && more <= all; ++more)
-      if (last(more) * group > last(group) * more) group = more;
+    for (uint32_t more = group + 1; more <= most && more <= all; ++more)
+      if (last(more) * group >= last(group) * more) group = more;
   }
   FAE_INLINE int64_t size() const { return tasks; }
   FAE_INLINE bool is_last_first(int64_t head) const {

@@ -62,7 +62,7 @@ void bind_schedule(py::module_& m) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
         schedule.last_first = order == "last";
-        order == "turns" ? schedule.take_turns(run, group) : schedule.group_pairs(group, run);
+        order == "turns" ? schedule.take_turns(run, group, 2 * group) : schedule.group_pairs(group, run);
         std::vector<std::array<int64_t, 3>> tiles;
         for (int64_t i = 0; i < schedule.size(); ++i)
           tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
@@ -70,7 +70,8 @@ void bind_schedule(py::module_& m) {
       },
       "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "order"_a, "run"_a = 1,
       "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty. order: 'first' or "
-      "'last' block of a head first, or what 'turns' of runs of `run` heads need.");
+      "'last' block of a head first, or what 'turns' of runs of `run` heads need. group: of"
+      " pairs of batch and run, so many go together or, in turns, up to twice as many.");
 }
 
 void bind_dropout(py::module_& m) {
