@@ -42,6 +42,7 @@ FEATURES = (
     Case(softcap=2.0),
     Case(softcap=30.0, scale=1.0),
     Case(softcap=5.0, window_right=0, heads_kv=1),
+    Case(softcap=1e7),
     Case(alibi="h"),
     Case(alibi="bh", window_right=0),
     Case(alibi="bh", seqlen_q=70, seqlen_k=33),

@@ -127,11 +127,14 @@ struct ScoreConstants {
   }
 };
 
-// tanh to 2^-22, of the largest value: scores are no more exact than the 16-bit numbers that they come from.
+// tanh to 2^-16 of its value: scores are no more exact than the 16-bit numbers that they come from. The quotient is so
+// to 2^-22 of the largest value, which for small ones is not enough, whatever the cap: there, two terms of the series.
 template <class T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 __device__ __forceinline__ float score_tanh(float x) {
+  constexpr float kSmall = 1.0f / 32;
   const float power = exp2_approx(-2 * kLog2e * fabsf(x));
-  return copysignf((1 - power) * reciprocal_approx(1 + power), x);
+  const float quotient = copysignf((1 - power) * reciprocal_approx(1 + power), x);
+  return fabsf(x) < kSmall ? x * fmaf(x * x, -1.0f / 3, 1.0f) : quotient;
 }
 template <class T, std::enable_if_t<sizeof(T) == 4, int> = 0>
 __device__ __forceinline__ float score_tanh(float x) {
