@@ -50,6 +50,14 @@ def test_expanded_heads(device: str, dtype: torch.dtype, case: Case) -> None:
     check(case.but(dtype=dtype, layout="expanded", dout_layout="scalar"), device)
 
 
+def test_any_stride_of_a_single_row(device: str, dtype: torch.dtype) -> None:
+    """That of the last row of a fused projection with a number for something else behind q, k and v."""
+    fused = torch.randn(1, 9, 3 * 2 * 64 + 1, dtype=dtype, device=device)
+    q, k, v = (fused[..., i * 128 : (i + 1) * 128].unflatten(-1, (2, 64)) for i in range(3))
+    expected = flash_attn_ext.attention(q[:, -1:].contiguous(), k, v)
+    assert torch.equal(flash_attn_ext.attention(q[:, -1:], k, v), expected)
+
+
 @pytest.mark.one_kernel
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "head"])
 def test_expanded(device: str, dtype: torch.dtype, dim: int) -> None:

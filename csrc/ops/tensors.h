@@ -96,27 +96,30 @@ inline void take_columns(Tensor& result, const Tensor& from) {
 
 inline void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
 
+// From one index of a dimension to the next. A dimension of size 1 may have any stride: kernels that compute addresses
+// of rows past the end, without reading there, want whole vectors of them, too.
+inline int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
 // [batch, row, head, dim], or packed [row, head, dim].
 inline TensorView tensor_view(const Tensor& t) {
   const int64_t d = t.dim();
-  return {t.data_ptr(), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
+  return {t.data_ptr(), d == 4 ? step(t, 0) : 0, step(t, d - 3), step(t, d - 2)};
 }
 
 // [batch, head, row], or packed [head, row].
 inline StatsView stats_view(const Tensor& t) {
   const int64_t d = t.dim();
-  return {t.data_ptr(), d == 3 ? t.stride(0) : 0, t.stride(d - 2), t.stride(d - 1)};
+  return {t.data_ptr(), d == 3 ? step(t, 0) : 0, step(t, d - 2), step(t, d - 1)};
 }
 
 // [batch, head, row, column], every dimension full or 1.
 inline ScoreView score_view(const MaybeTensor& t) {
   if (!t) return {};
-  const auto step = [&](int64_t dim) { return t->size(dim) == 1 ? 0 : t->stride(dim); };
   return {t->data_ptr(), dtype_of(*t).value_or(DType::float32),
           t->size(0),    t->size(1),
           t->size(2),    t->size(3),
-          step(0),       step(1),
-          step(2),       step(3)};
+          step(*t, 0),   step(*t, 1),
+          step(*t, 2),   step(*t, 3)};
 }
 
 }  // namespace fae::ops
