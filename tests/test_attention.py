@@ -356,6 +356,22 @@ def test_not_finite_inputs(
     flash_attn_ext.attention(*leaves, causal=True).sum().backward()
     if math.isnan(value):
         assert leaves[0].grad[0, 40, 0].isnan().all()
+        if where == "q":
+            assert leaves[2].grad[0, :41, 0].isnan().all()
+
+
+def test_rows_that_see_nothing_have_no_gradient(device: str, dtype: torch.dtype) -> None:
+    """Not even where NaN comes through their lse, as it does from 0 times -inf."""
+    inputs = Case(batch=1, seqlen_q=70, seqlen_k=40, heads=2, dtype=dtype).make(device)
+    leaves = [inputs[name].requires_grad_() for name in "qkv"]
+    _, lse = flash_attn_ext.attention(*leaves, causal=True, return_lse=True)
+    unseen = lse.isneginf()
+    assert unseen.sum() == 2 * 30
+    dlse = torch.where(unseen, torch.nan, 1.0)
+    expected = torch.autograd.grad(lse, leaves[:2], torch.where(unseen, 0.0, 1.0), retain_graph=True)
+    for ours, without in zip(torch.autograd.grad(lse, leaves[:2], dlse), expected, strict=True):
+        assert torch.equal(ours, without)
+        assert not ours.isnan().any()
 
 
 def test_dropout_statistics(device: str) -> None:

@@ -43,7 +43,11 @@ void compute_delta(const BackwardProblem& p, int64_t longest_q, const Execution&
         if (d < p.head_dim_v) products += load_as<T>(x + d, p.head_dim_v - d) * load_as<T>(y + d, p.head_dim_v - d);
       });
       T delta = sum(products);
-      if (p.dlse.data) delta -= *stats_ptr<T>(p.dlse, tile.batch, s.q_start + row, tile.head);
+      // A row that sees nothing has no gradient, whatever comes through its lse: -inf in what follows easily makes NaN.
+      if (p.dlse.data)
+        delta = *stats_ptr<T>(p.lse, tile.batch, s.q_start + row, tile.head) == minus_infinity<T>()
+                    ? T(0)
+                    : delta - *stats_ptr<T>(p.dlse, tile.batch, s.q_start + row, tile.head);
       *stats_ptr<T>(p.delta, tile.batch, s.q_start + row, tile.head) = delta;
     }
   });

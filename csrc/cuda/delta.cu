@@ -121,10 +121,11 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
       sum = dot<T>(row_ptr<T>(p.out, batch, row, head), row_ptr<T>(p.dout, batch, row, head), p.head_dim_v);
     sum = sum_over_lanes<kRowLanes>(sum);
     if (i >= count || threadIdx.x % kRowLanes != 0) continue;
-    if (p.dlse.data) sum -= *stats_ptr<float>(p.dlse, batch, row, head);
+    const float lse = *stats_ptr<float>(p.lse, batch, row, head);
+    // A row that sees nothing has no gradient, whatever comes through its lse: -inf in what follows easily makes NaN.
+    if (p.dlse.data) sum = lse == minus_infinity<float>() ? 0.0f : sum - *stats_ptr<float>(p.dlse, batch, row, head);
     *stats_ptr<float>(p.delta, batch, row, head) = sum;
     if (a.statistics.rows) {
-      const float lse = *stats_ptr<float>(p.lse, batch, row, head);
       a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
           a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
                               : as_floats(lse, sum);
