@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds, tests and sanitises on a machine with a GPU: bash tests/gpu.sh [OUTPUT_FOLDER]. Needs nvcc, compute-sanitizer and
-# a C++20 compiler, and an active environment with torch for CUDA, cmake, ninja, pybind11, setuptools 77, numpy, pytest,
-# pytest-xdist and hypothesis; no network.
+# Builds, tests and sanitises on a machine with a GPU: bash tests/gpu.sh [OUTPUT_FOLDER]. Needs nvcc,
+# compute-sanitizer and a C++20 compiler, and an active environment with torch for CUDA, cmake, ninja, pybind11,
+# setuptools 77, numpy, pytest, pytest-xdist and hypothesis; no network.
 set -uo pipefail
 out=$(realpath -m "${1:-$(dirname "$0")/../build/gpu}")
 cd "$(dirname "$0")/.."
@@ -18,10 +18,10 @@ run() {  # LOG [pytest's arguments]
   timeout 300 python3 -m pytest -q "$@" > "$log" 2>&1 || status=1
   tail -n 25 "$log"
 }
-# Attention, softmax and merge: all features of one dtype, all head dims of two. For racecheck, which takes twice the time
-# of the others, head dims alone. Two tools see the attention kernels for every GPU only: initcheck takes what the tensor
-# memory accelerator has stored for uninitialised, and racecheck does not follow an order in which the arrival of one lane
-# at a barrier stands for its warp.
+# Attention, softmax and merge: all features of one dtype, all head dims of two. For racecheck, which takes twice the
+# time of the others, head dims alone. Two tools see the attention kernels for every GPU only: initcheck takes what the
+# tensor memory accelerator has stored for uninitialised, and racecheck does not follow an order in which the arrival of
+# one lane at a barrier stands for its warp.
 sanitize() {
   local tests="cuda-bf16 and (test_feature or test_head_dim) or cuda-fp32 and test_head_dim" backends=""
   [ "$1" = racecheck ] && tests="test_head_dim and (cuda-bf16 or cuda-fp32-64)"

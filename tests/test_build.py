@@ -73,6 +73,18 @@ def test_op_libraries_export_only_their_interface(library: Path) -> None:
     assert not [line for line in exported if " T " in line and "fae::" not in line and "fae_" not in line]
 
 
+def test_source_files_are_no_longer_than_the_rules_say() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("only the repository knows its files")
+    names = output("git", "-C", ROOT, "ls-files", "*.py", "*.h", "*.cu", "*.cpp", "*.sh").splitlines()
+    texts = {name: (ROOT / name).read_text().splitlines() for name in names if (ROOT / name).exists()}
+    assert len(texts) > 200
+    assert not [name for name, lines in texts.items() if len(lines) > 600]
+    for name, lines in texts.items():
+        code = [re.sub(r"  # (?:type|noqa).*", "", line) for line in lines]
+        assert not [line for line in code if len(line) > 120], name
+
+
 def test_code_shared_by_instruction_sets_is_portable() -> None:
     """An inline function that several levels emit is kept once: the copy kept must run on every machine."""
     (build,) = build_folders()
