@@ -103,10 +103,11 @@ struct GridSchedule {
     alternate = heads / run % 2 == 0;
     const uint32_t all = alternate ? pairs / 2 : pairs;
     group = static_cast<uint32_t>(clamp_length(least - 1, int64_t{all} - 1) + 1);
-    // In a last group of few pairs, tasks wait for each other while others have none: the fullest, of them the largest.
+    // In a last group of few pairs, tasks wait for each other while others have none: the fullest, of them the
+    // smallest.
     const auto last = [&](uint32_t size) { return uint64_t{all % size == 0 ? size : all % size}; };
     for (uint32_t more = group + 1; more <= most && more <= all; ++more)
-      if (last(more) * group >= last(group) * more) group = more;
+      if (last(more) * group > last(group) * more) group = more;
   }
   FAE_INLINE int64_t size() const { return tasks; }
   FAE_INLINE bool is_last_first(int64_t head) const {
