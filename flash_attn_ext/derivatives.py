@@ -210,8 +210,7 @@ def _packed(given: Given, numbers: Numbers) -> tuple[Tensor, Tensor]:
         for name in ("bias", "mask"):
             if (x := given[name]) is not None:
                 x = x[b : b + 1] if x.shape[0] > 1 else x
-                x = x[:, :, : rows.stop - rows.start] if x.shape[2] > 1 else x
-                parts[name] = x[..., : keys.stop - keys.start] if x.shape[3] > 1 else x
+                parts[name] = reference.fitted(x, rows.stop - rows.start, keys.stop - keys.start)
         for name in ("seqused_q", "seqused_k"):
             if (x := given[name]) is not None:
                 parts[name] = x[b : b + 1]

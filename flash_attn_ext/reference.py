@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .reference_dropout import dropout_keep_mask as dropout_keep_mask
 from .reference_dropout import philox4x32 as philox4x32
@@ -477,8 +478,7 @@ def attention_varlen(
             return None
         matrix = matrix[(None,) * (4 - matrix.dim())]
         matrix = matrix[b : b + 1] if matrix.shape[0] > 1 else matrix
-        matrix = matrix[:, :, : lengths_q[b]] if matrix.shape[2] > 1 else matrix
-        return matrix[..., : lengths_k[b]] if matrix.shape[3] > 1 else matrix
+        return fitted(matrix, lengths_q[b], lengths_k[b])
 
     results = [
         attention(
@@ -503,6 +503,16 @@ def attention_varlen(
     out = torch.cat([out[0] for out, _ in results], 0)
     lse = torch.cat([lse[0] for _, lse in results], -1)
     return (out, lse) if return_lse else out
+
+
+def fitted(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A (batch, heads, rows, columns) matrix of a sequence's rows and columns; sizes of 1 broadcast.
+
+    One that covers no more than what is in use of them gets zeros for the rest.
+    """
+    sizes = zip(matrix.shape[2:], (rows, columns), strict=True)
+    more_rows, more_columns = (length - size if size > 1 else 0 for size, length in sizes)
+    return pad(matrix, (0, more_columns, 0, more_rows))
 
 
 def _lengths(seqused: Tensor | None, t: Tensor) -> Tensor:

@@ -167,6 +167,23 @@ def test_maps_of_directional_derivatives(order: int) -> None:
     torch.testing.assert_close(nested, torch.stack([torch.stack(row) for row in expected]), **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_packed_scores_that_cover_no_more_than_what_is_used(name: str) -> None:
+    q, direction = normal(10, 2, 4), normal(10, 2, 4, seed=1)
+    lengths = {"cu_seqlens_q": torch.tensor([0, 6, 10], dtype=torch.int32)}
+    lengths |= dict.fromkeys(("seqused_q", "seqused_k"), torch.tensor([3, 2], dtype=torch.int32))
+    matrix = normal(2, 2, 3, 3, seed=2) if name == "bias" else normal(2, 2, 3, 3, seed=2) < 1
+    results = []
+    for function in (attention_varlen, reference.attention_varlen):
+
+        def scalar(q: Tensor, function: Callable[..., Tensor] = function) -> Tensor:
+            return function(q, q, q, **lengths, **{name: matrix}).sin().sum()
+
+        first = torch.func.jvp(scalar, (q,), (direction,))[1]
+        results.append((first, torch.func.grad(lambda q, f=scalar: torch.func.grad(f)(q).sin().sum())(q)))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
 def test_maps_over_lengths_are_refused_where_they_cannot_be_read() -> None:
     q, direction = normal(10, 2, 4), normal(10, 2, 4, seed=1)
     lengths = torch.tensor([[0, 4, 10], [0, 7, 10]], dtype=torch.int32)
