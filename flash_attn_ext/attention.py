@@ -157,9 +157,6 @@ def attention_varlen(
     window, unmet = window_of(causal, window_size)
     if cu_seqlens_q is None:
         raise InputError("attention_varlen", [*unmet, "cu_seqlens_q must be a torch.Tensor, got None"])
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     out, lse = attend(
         "attention_varlen",
         q,
@@ -167,10 +164,7 @@ def attention_varlen(
         v,
         unmet,
         window=window,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        **lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         softmax_scale=softmax_scale,
         softcap=softcap,
         bias=bias,
@@ -238,6 +232,21 @@ def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[
     if left >= 2**63 or right >= 2**63:
         return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
     return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
+
+
+def lengths_of(
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None
+) -> dict[str, Any]:
+    """What `attend` takes of packed sequences; those of keys are as long as those of queries unless it is said."""
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    return {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+    }
 
 
 def attend(function: str, q: Tensor, k: Tensor, v: Tensor, unmet: Sequence[str] = (), **options: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .attention import attend, window_of
+from .attention import attend, lengths_of, window_of
 from .errors import InputError
 from .ops import OPTIONAL_TENSORS, ops
 
@@ -77,9 +77,6 @@ def explain(
         InputError: what the call itself would raise, or device is another one.
     """
     window, unmet = window_of(causal, window_size)
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     is_tensor = isinstance(q, Tensor)
     if device is None:
         device = q.device.type if is_tensor and q.device.type != "meta" else "cpu"
@@ -99,12 +96,9 @@ def explain(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         dropout_p=dropout_p,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        **lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         # Stands for the state that the call would draw from torch's generator.
         rng_state=torch.empty(2, dtype=torch.int64, device=q.device) if is_tensor else None,
         deterministic=deterministic,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, pad
 
-from .attention import attend, attention, attention_varlen
+from .attention import attend, lengths_of, window_of
 from .errors import InputError, raise_input_error
 
 _KINDS = {
@@ -73,26 +73,27 @@ class FlashAttention(nn.Module):
     ) -> Any:
         """(batch, seqlen, heads, dim) tensors as in `attention`; beside cu_seqlens_q packed ones as in
         `attention_varlen`. Returns out, or (out, lse) with return_lse."""
-        options: dict[str, Any] = {
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-            "alibi_slopes": self.alibi_slopes,
-            "sinks": self.sinks,
-            "deterministic": self.deterministic,
-            "bias": bias,
-            "mask": mask,
-            "seqused_q": seqused_q,
-            "seqused_k": seqused_k,
-            "return_lse": return_lse,
-        }
-        if cu_seqlens_q is None:
-            return attention(q, k, v, **options)
-        return attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options
+        window, unmet = window_of(self.causal, self.window_size)
+        out, lse = attend(
+            "FlashAttention",
+            q,
+            k,
+            v,
+            unmet,
+            window=window,
+            **lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            bias=bias,
+            mask=mask,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            deterministic=self.deterministic,
         )
+        return (out, lse) if return_lse else out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlashAttention:
         """What .to(), .bfloat16() and their like do to parameters and buffers."""

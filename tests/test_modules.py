@@ -321,6 +321,21 @@ def test_flash_attention_is_attention_with_its_options() -> None:
     torch.testing.assert_close(packed, flash_attn_ext.attention_varlen(q[0], k[0], v[0], *cu_seqlens, **options))
 
 
+def test_flash_attention_refuses_lengths_that_it_would_not_use() -> None:
+    q, starts = normal(2, 5, 4, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    wrong: list[tuple[Tensor, dict[str, Any], list[str]]] = [
+        (q, {"max_seqlen_q": 1, "max_seqlen_k": 5}, ["max_seqlen_q must be None", "max_seqlen_k must be None"]),
+        (q, {"cu_seqlens_k": starts}, [f"{name} must have 3 dimensions" for name in "qkv"]),
+        (q[0], {"cu_seqlens_k": starts}, ["cu_seqlens_q must be given"]),
+    ]
+    for x, lengths, expected in wrong:
+        with pytest.raises(InputError, match="FlashAttention: ") as raised:
+            FlashAttention(softcap=-1.0)(x, x, x, **lengths)
+        assert len(raised.value.constraints) == len(expected) + 1
+        for line in (*expected, "softcap must be finite"):
+            assert line in str(raised.value)
+
+
 def test_flash_attention_trains_its_sinks_and_saves_nothing_else() -> None:
     module = FlashAttention(sinks=torch.zeros(4), alibi_slopes=torch.ones(4))
     assert list(module.state_dict()) == ["sinks"]
