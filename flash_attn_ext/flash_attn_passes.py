@@ -145,12 +145,13 @@ def _forward(
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options, unmet = scores
+    options = {**options, "seqused_k": seqused_k}
     try:
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
         if dropout_p > 0:
             rng_state.random_()
         dropout: dict[str, Any] = {"dropout_p": dropout_p, "rng_state": rng_state if dropout_p > 0 else None}
-        out, lse = attend(function, q, k, v, unmet, seqused_k=seqused_k, **dropout, **options)
+        out, lse = attend(function, q, k, v, unmet, **dropout, **options)
     except Exception as error:
         raise_input_error(function, error, {"q": q, "k": k, "v": v, "dropout_p": dropout_p}, _KINDS, unmet)
     counts.count("flash_attn")

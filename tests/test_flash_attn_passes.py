@@ -79,6 +79,17 @@ def test_backward_repeats_the_dropout_of_forward() -> None:
     torch.testing.assert_close(dv, (kept.mT @ dout.transpose(1, 2)).transpose(1, 2))
 
 
+def test_dropped_probabilities_are_those_of_the_keys_in_use() -> None:
+    q, k, v = (draw(rows, 2, 8, seed=i) for i, rows in enumerate((5, 7, 7)))
+    starts_q, starts_k, used = (torch.tensor(x, dtype=torch.int32) for x in ((0, 2, 5), (0, 3, 7), (1, 2)))
+    options = {**arguments("causal"), "dropout_p": 0.3, "return_softmax": True, "seqused_k": used}
+    out, _, dropped, _ = _flash_attn_varlen_forward(q, k, v, starts_q, starts_k, 3, 4, **options)
+    for b, (rows, keys) in enumerate(((slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 7)))):
+        assert dropped[b, :, :, used[b] :].count_nonzero() == 0
+        kept = dropped[b, :, : rows.stop - rows.start, : keys.stop - keys.start].clamp(min=0) / 0.7
+        torch.testing.assert_close(out[rows], torch.einsum("hqk,khd->qhd", kept, v[keys]))
+
+
 def test_parts_of_the_keys_as_ring_attention_takes_them() -> None:
     q, k, v = (draw(2, 8, 2, 16, seed=i).requires_grad_() for i in range(3))
     expected = attention(q, k, v, softmax_scale=0.25)
