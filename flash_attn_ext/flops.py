@@ -21,8 +21,10 @@ from .ops import OPTIONAL_TENSORS, ops
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
     """How many (row, key) pairs of one sequence are within the window: i + shift - left <= j <= i + shift + right."""
-    row = torch.arange(seqlen_q, dtype=torch.int64)
+    row, furthest = torch.arange(seqlen_q, dtype=torch.int64), seqlen_q + seqlen_k
     shift = seqlen_k - seqlen_q
+    # A side beyond all rows and keys is no limit, and the sums below hold no number that is much larger.
+    left, right = (None if x is None else max(-furthest, min(x, furthest)) for x in (left, right))
     first = torch.zeros_like(row) if left is None else (row + shift - left).clamp(0, seqlen_k)
     end = torch.full_like(row, seqlen_k) if right is None else (row + shift + right + 1).clamp(0, seqlen_k)
     return int((end - first).clamp(min=0).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -72,6 +73,14 @@ def test_flops_within_a_window(options: dict[str, object], sizes: tuple[int, int
     _, lse = attention(torch.zeros_like(q), torch.zeros_like(k), v, return_lse=True, **options)
     pairs = round(lse.exp().sum().item() / 4)  # equal scores: e^lse counts the keys that a row sees
     assert counted(partial(attention, q, k, v, **options)) == by_hand(pairs)
+
+
+@pytest.mark.parametrize("window", [(sys.maxsize, sys.maxsize), (0, sys.maxsize), (sys.maxsize, 0)])
+def test_flops_within_a_window_without_limits(window: tuple[int, int]) -> None:
+    q, k, v = qkv(requires_grad=True)
+    same = tuple(-1 if side == sys.maxsize else side for side in window)
+    expected = counted(partial(attention, q, k, v, window_size=same))
+    assert counted(partial(attention, q, k, v, window_size=window)) == expected
 
 
 def test_flops_of_lengths() -> None:
