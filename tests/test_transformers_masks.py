@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -215,7 +216,12 @@ def test_mask_in_other_code() -> None:
         mask.float()
 
     mask = AttentionMask(Band(1, 20, 20, torch.device("cpu"), right=0))
+    copied, again = copy.deepcopy([mask, mask])
+    assert copied is again
+    assert copied.band == mask.band
     mask[:, :, 5, :3] = False
+    assert torch.equal(copy.deepcopy(mask).dense, mask.dense)
+    assert copied.dense[0, 0, 5, 0]
     changed = torch.ones(20, 20, dtype=torch.bool).tril()
     changed[5, :3] = False
     assert_same(attend(mask), attend(changed.expand(BATCH, 1, -1, -1)))

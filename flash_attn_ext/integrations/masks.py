@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -99,6 +100,12 @@ class AttentionMask(Tensor):
         self = Tensor._make_wrapper_subclass(cls, mask.shape, dtype=torch.bool, device=mask.device)
         self._band, self._dense = (mask, None) if isinstance(mask, Band) else (None, mask)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionMask:
+        """Not torch's, which copies a storage."""
+        copied = AttentionMask(deepcopy(self.dense if self.band is None else self.band, memo))
+        memo[id(self)] = copied
+        return copied
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"AttentionMask({self._dense if self._dense is not None else self._band})"
