@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 
@@ -156,6 +157,14 @@ def test_status_of_the_shim() -> None:
     finally:
         shim.uninstall()
     assert "shim" not in status().active
+
+
+def test_an_import_that_fails_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "flash_attn_ext.integrations.transformers", raising=False)
+    with pytest.raises(ImportError, match=r"needs transformers 4\.57 or newer: ") as raised:
+        importlib.import_module("flash_attn_ext.integrations.transformers")
+    assert isinstance(raised.value.__cause__, ImportError)
 
 
 def test_status_of_transformers() -> None:

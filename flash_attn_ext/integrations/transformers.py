@@ -20,7 +20,7 @@ from torch import Tensor, nn
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 except ImportError as error:
-    raise ImportError(f"flash_attn_ext.integrations.transformers needs transformers 4.57 or newer: {error}") from None
+    raise ImportError(f"flash_attn_ext.integrations.transformers needs transformers 4.57 or newer: {error}") from error
 
 try:
     from transformers.utils.output_capturing import _active_collector as _collector
