@@ -8,13 +8,15 @@ vmap are in autograd.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import constraints_of
 
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libflash_attn_ext.so"
@@ -68,17 +70,42 @@ OPTIONAL_TENSORS = (
 )
 
 
-def _check_one_device(op: str, **tensors: Tensor | None) -> None:
-    """The native checks do not run where one of the tensors is a meta tensor, so mixed devices end here."""
+def _refuse(op: str, lines: Sequence[str], **tensors: Tensor | None) -> None:
+    """The native checks do not run where one of the tensors is a meta tensor, so mixed devices end here.
+
+    lines: other constraints that are not met.
+    """
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first, expected = next(iter(devices.items()))
-    lines = [f"- {n} must be on {first}'s device {expected}, got {d}" for n, d in devices.items() if d != expected]
-    if lines:
-        raise RuntimeError("\n".join([f"flash_attn_ext.{op}:", *lines]))
+    wrong = [f"{n} must be on {first}'s device {expected}, got {d}" for n, d in devices.items() if d != expected]
+    if wrong or lines:
+        raise RuntimeError("\n- ".join([f"flash_attn_ext.{op}:", *wrong, *lines]))
+
+
+def _unmet(*arguments: Any) -> list[str]:
+    """What the native checks find in arguments of the op forward, by stand-ins that are no fake tensors.
+
+    Nothing where a size or a number is symbolic, which a comparison would fix: the call itself finds it then.
+    """
+    sizes = [n for x in arguments for n in (x.shape if isinstance(x, Tensor) else (x,))]
+    if any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in sizes):
+        return []
+    with torch._C._DisableTorchDispatch():
+        stand_ins = (
+            torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x for x in arguments
+        )
+        try:
+            ops.check(*stand_ins)
+        except RuntimeError as error:
+            if lines := constraints_of(error):
+                return lines
+            raise
+    return []
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    _check_one_device("forward", q=q, k=k, v=v, **dict(zip(OPTIONAL_TENSORS, options, strict=False)))
+    given = dict(zip(OPTIONAL_TENSORS, options, strict=False))
+    _refuse("forward", _unmet(q, k, v, *options), q=q, k=k, v=v, **given)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     *batch, rows, heads, _ = q.shape  # batch is empty for packed tensors
     return out, q.new_empty((*batch, heads, rows), dtype=stats_dtype(q.dtype))
@@ -88,7 +115,8 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = dict(zip(OPTIONAL_TENSORS, options, strict=False))
-    _check_one_device("backward", q=q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, **given)
+    unmet = _unmet(q, k, v, *options[:-2])
+    _refuse("backward", unmet, q=q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, **given)
     bias, sinks, bias_requires_grad = given["bias"], given["sinks"], options[-1]
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else q.new_empty((0,))
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None else lse.new_empty((0,))
@@ -96,7 +124,7 @@ def _backward(
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    _check_one_device("merge", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    _refuse("merge", (), out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 

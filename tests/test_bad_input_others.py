@@ -1,0 +1,108 @@
+"""Wrong arguments of what is not attention itself: modules, packing, flash-attn's functions, explain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_bad_input import NESTED, assert_lists, int32, normal
+
+import flash_attn_ext
+from flash_attn_ext import InputError, explain
+
+
+def mha(**changes: Any) -> Any:
+    x = normal(5, 2, 16)
+    return flash_attn_ext.MultiheadAttention(16, 4)(**({"query": x, "key": x, "value": x} | changes))
+
+
+def unpad(**changes: Any) -> Any:
+    return flash_attn_ext.unpad_input(**({"hidden_states": normal(2, 3, 4), "attention_mask": int32(1)} | changes))
+
+
+def pad(**changes: Any) -> Any:
+    arguments = {"hidden_states": normal(3, 4), "indices": int32(0, 1, 5), "batch": 2, "seqlen": 3}
+    return flash_attn_ext.pad_input(**(arguments | changes))
+
+
+MASK_OF = "must be a torch.Tensor or None, got list [1]"
+OTHERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[str]]] = {
+    "query None": ("MultiheadAttention", mha, {"query": None}, ["query must be a torch.Tensor, got None"]),
+    "key list": ("MultiheadAttention", mha, {"key": [1]}, ["key must be a torch.Tensor, got list [1]"]),
+    "mask list": ("MultiheadAttention", mha, {"attn_mask": [1]}, [f"attn_mask {MASK_OF}"]),
+    "padding list": ("MultiheadAttention", mha, {"key_padding_mask": [1]}, [f"key_padding_mask {MASK_OF}"]),
+    "dtype": (
+        "MultiheadAttention",
+        mha,
+        {"query": normal(5, 2, 16).double(), "need_weights": False},
+        ["query must have the parameters' dtype torch.float32, got torch.float64"],
+    ),
+    "device": (
+        "MultiheadAttention",
+        mha,
+        {"value": torch.empty(5, 2, 16, device="meta")},
+        ["value must be on the parameters' device cpu, got meta"],
+    ),
+    "nested input": (
+        "MultiheadAttention",
+        mha,
+        dict.fromkeys(("query", "key", "value"), torch.nested.nested_tensor([normal(3, 16), normal(5, 16)])),
+        ["query, key and value must not be nested tensors"],
+    ),
+    "states list": ("unpad_input", unpad, {"hidden_states": [1]}, ["hidden_states must be a torch.Tensor, got list"]),
+    "mask None": ("unpad_input", unpad, {"attention_mask": None}, ["attention_mask must be a torch.Tensor, got None"]),
+    "unused list": (
+        "unpad_input",
+        unpad,
+        {"attention_mask": normal(2, 3), "unused_mask": [1]},
+        [f"unused_mask {MASK_OF}"],
+    ),
+    "indices too large": (
+        "pad_input",
+        pad,
+        {"indices": int32(0, 1, 6)},
+        ["indices must be in [0, batch * seqlen) = [0, 6), got 0 to 6"],
+    ),
+    "indices negative": ("pad_input", pad, {"indices": int32(-1, 0, 1)}, ["= [0, 6), got -1 to 1"]),
+    "indices float": (
+        "pad_input",
+        pad,
+        {"indices": normal(3), "batch": -1},
+        ["indices must be int64 or int32, got torch.float32", "batch and seqlen must be at least 0, got -1 and 3"],
+    ),
+    "indices list": ("pad_input", pad, {"indices": [0]}, ["indices must be a torch.Tensor, got list [0]"]),
+    "seqlen": ("pad_input", pad, {"seqlen": 3.0}, ["seqlen must be an integer, got float 3.0"]),
+    "no q": (
+        "flash_attn_func",
+        flash_attn_ext.flash_attn_func,
+        {"q": [1], "k": normal(1, 2, 3, 4), "v": normal(1, 2, 3, 4), "dropout_p": 0.5, "return_attn_probs": True},
+        ["q must be a torch.Tensor, got list [1]"],
+    ),
+    "packed nested": (
+        "flash_attn_qkvpacked_func",
+        flash_attn_ext.flash_attn_qkvpacked_func,
+        {"qkv": NESTED},
+        ["qkv must be a tensor of shape (batch, seqlen, 3, heads, head_dim), got a nested tensor"],
+    ),
+    "explain 3": (
+        "explain",
+        explain,
+        {"q": 3, "k": normal(1), "v": normal(1), "cu_seqlens_q": [0, 5], "softcap": "x"},
+        [
+            "q must be a torch.Tensor, got int 3",
+            "cu_seqlens_q must be a torch.Tensor or None, got list [0, 5]",
+            "cu_seqlens_k must be a torch.Tensor or None, got list [0, 5]",
+            "softcap must be a number, got str 'x'",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions(name: str) -> None:
+    function, call, arguments, expected = OTHERS[name]
+    with pytest.raises(InputError) as raised:
+        call(**arguments)
+    assert_lists(raised.value, function, expected)
