@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Attention, Merge, Softmax, run
-from .errors import InputError, as_integer, raise_input_error, refuse
+from .autograd import Attention, Merge, Softmax, refused_gradients, run
+from .errors import InputError, as_integer, constraints_of, raise_input_error, refuse, wrong_kinds
 from .ops import stats_dtype
 
 # (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
@@ -24,6 +24,9 @@ _KINDS = {
     **dict.fromkeys(("softcap", "dropout_p"), "number"),
     "softmax_scale": "number?",
 }
+# Without these a call means something else; the others can be left out to find what else is wrong.
+_LEFT_OUT = _KINDS.keys() - {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}
+_KEPT = ("window", "cu_seqlens_q", "cu_seqlens_k", "rng_state", "deterministic", "call")
 _MERGE_KINDS = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b"), "tensor")
 _run_attention = partial(run, Attention)
 
@@ -323,7 +326,13 @@ def _attend(
             deterministic,
         )
     except Exception as error:
-        raise_input_error(function, error, locals(), _KINDS, unmet)
+        given = locals()
+        if found := constraints_of(error):
+            unmet = [*unmet, *(line for line in refused_gradients(given) if line not in found)]
+        elif (wrong := wrong_kinds(given, _KINDS)) and wrong.keys() <= _LEFT_OUT:
+            options = {name: given[name] for name in (*_KEPT, *_LEFT_OUT - wrong.keys())}
+            return _attend(function, q, k, v, [*unmet, *wrong.values()], **options)
+        raise_input_error(function, error, given, _KINDS, unmet)
     if unmet:
         refuse(function, unmet)
     return result

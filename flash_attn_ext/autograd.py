@@ -9,7 +9,7 @@ Kernels compute results and gradients; derivatives beyond are in derivatives.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,13 +61,19 @@ def refuse_derivatives(wanted: Sequence[Any]) -> None:
 
     wanted: for each argument of the op forward, whether its derivative is.
     """
-    lines = [
-        f"{name} has no gradient, and must not require one: pass {name}.detach(){instead}"
-        for place, (name, instead) in _WITHOUT_GRADIENT.items()
-        if wanted[place]
-    ]
+    lines = [_refusal(*names) for place, names in _WITHOUT_GRADIENT.items() if wanted[place]]
     if lines:
         raise RuntimeError(str(InputError("forward", lines)))
+
+
+def refused_gradients(arguments: Mapping[str, object]) -> list[str]:
+    """What `refuse_derivatives` would say of the arguments, by name, of a call that did not get as far."""
+    pairs = [(arguments.get(name), _refusal(name, instead)) for name, instead in _WITHOUT_GRADIENT.values()]
+    return [line for x, line in pairs if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad]
+
+
+def _refusal(name: str, instead: str) -> str:
+    return f"{name} has no gradient, and must not require one: pass {name}.detach(){instead}"
 
 
 def _call(op: Any, *args: Any) -> Any:

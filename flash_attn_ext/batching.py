@@ -23,6 +23,21 @@ _TENSORS = 12
 _SINKS, _CU_SEQLENS, _RNG_STATE = 6, 7, 11
 
 
+def _of_a_member(rule: Call) -> Call:
+    """An error is then of the shapes of one member, which are those that the caller gave."""
+
+    def checked(call: Call, info: Any, in_dims: InDims, *args: Any) -> Any:
+        try:
+            return rule(call, info, in_dims, *args)
+        except Exception:
+            if info.batch_size > 0:
+                call(*(x[0] if mapped else x for x, mapped in zip(*_in_front(in_dims, args), strict=True)))
+            raise
+
+    return checked
+
+
+@_of_a_member
 def forward(call: Call, info: Any, in_dims: InDims, *args: Any) -> Mapped:
     size = info.batch_size
     moved, mapped = _in_front(in_dims, args)
@@ -52,6 +67,7 @@ def backward(call: Call, info: Any, in_dims: InDims, *args: Any) -> Mapped:
     return (dq, dk, dv, dbias, dsinks), (0, 0, 0, 0, None)
 
 
+@_of_a_member
 def merge(call: Call, info: Any, in_dims: InDims, *args: Any) -> Mapped:
     """For merge and its backward. Packed members, (total, heads, dim), make a dense batch; dense ones join theirs."""
     size = info.batch_size

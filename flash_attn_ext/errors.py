@@ -14,10 +14,10 @@ _BULLET = "- "
 
 
 def _is_dense(x: object) -> bool:
-    return isinstance(x, torch.Tensor) and not x.is_nested and x.layout == torch.strided
+    return isinstance(x, torch.Tensor) and not x.is_nested and x.layout == torch.strided and not x.is_quantized
 
 
-def _is_number(x: object) -> bool:
+def is_number(x: object) -> bool:
     if not isinstance(x, (Real, torch.Tensor)):
         return isinstance(x, (torch.SymFloat, torch.SymInt))
     try:
@@ -44,7 +44,7 @@ def as_integer(x: Any) -> int | None:
 # What an argument may be, by the word that tables of arguments use for it; "?" after the word allows None too.
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "tensor": ("a torch.Tensor", _is_dense),
-    "number": ("a number", _is_number),
+    "number": ("a number", is_number),
     "integer": ("an integer", _is_integer),
 }
 
@@ -93,7 +93,7 @@ def raise_input_error(
 
     kinds: for each argument that has one, its kind. unmet: constraints that are known to be unmet already.
     """
-    constraints = [*unmet, *(constraints_of(error) or _wrong_kinds(arguments, kinds))]
+    constraints = [*unmet, *(constraints_of(error) or wrong_kinds(arguments, kinds).values())]
     if not constraints or isinstance(error, InputError):
         raise error
     raise InputError(function, constraints) from None
@@ -105,8 +105,9 @@ def constraints_of(error: Exception) -> list[str]:
     return [line.removeprefix(_BULLET) for line in lines] if first.startswith(_PREFIX) else []
 
 
-def _wrong_kinds(arguments: Mapping[str, object], kinds: Mapping[str, str]) -> list[str]:
-    lines = []
+def wrong_kinds(arguments: Mapping[str, object], kinds: Mapping[str, str]) -> dict[str, str]:
+    """The arguments that are not of their kind, each with the constraint that it does not meet."""
+    lines = {}
     for name, kind in kinds.items():
         words, is_kind = _KINDS[kind.removesuffix("?")]
         if name not in arguments:
@@ -114,7 +115,7 @@ def _wrong_kinds(arguments: Mapping[str, object], kinds: Mapping[str, str]) -> l
         value = arguments[name]
         optional = kind.endswith("?")
         if not is_kind(value) and not (optional and value is None):
-            lines.append(f"{name} must be {words}{' or None' if optional else ''}, got {shown(value)}")
+            lines[name] = f"{name} must be {words}{' or None' if optional else ''}, got {shown(value)}"
     return lines
 
 
@@ -124,6 +125,8 @@ def shown(value: object) -> str:
         return "a nested tensor (sequences of different lengths: attention_varlen)"
     if isinstance(value, torch.Tensor) and value.layout != torch.strided:
         return f"a tensor of layout {value.layout}"
+    if isinstance(value, torch.Tensor) and value.is_quantized:
+        return f"a quantized tensor of {value.dtype}"
     kind, text = type(value).__name__, repr(value)
     if isinstance(value, int) and not _is_integer(value):
         return f"{kind} {text}, more than 64 bits hold" if len(text) <= 60 else f"{kind} of more than 64 bits"

@@ -49,6 +49,8 @@ def packed(**changes: Any) -> dict[str, Any]:
 LENGTHS = [normal(3, HEADS, HEAD_DIM), normal(4, HEADS, HEAD_DIM)]
 NESTED, JAGGED = (torch.nested.nested_tensor(LENGTHS, layout=layout) for layout in (torch.strided, torch.jagged))
 
+QUANTIZED = torch.quantize_per_tensor(normal(2, 5, 4, 8), 0.1, 0, torch.qint8)
+
 # The changes, and for each unmet constraint a part of its line that has what was given and what is accepted.
 DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "q rank 3": (
@@ -194,6 +196,25 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
             "dropout_p must be a number, got Tensor",
         ],
     ),
+    "quantized": ({"q": QUANTIZED}, ["q must be a torch.Tensor, got a quantized tensor of torch.qint8"]),
+    "no number among others": (
+        {"softmax_scale": "big", "sinks": [1], "mask": normal(5, 7), "window_size": 3, "dropout_p": 2.0},
+        [
+            "softmax_scale must be a number or None, got str 'big'",
+            "sinks must be a torch.Tensor or None, got list [1]",
+            "mask must be bool, got float32",
+            "window_size must be two integers",
+            "dropout_p must be in [0, 1], got 2",
+        ],
+    ),
+    "gradients that there are not": (
+        {"alibi_slopes": torch.ones(4, requires_grad=True), "softcap": torch.tensor(-1.0, requires_grad=True)},
+        [
+            "alibi_slopes has no gradient, and must not require one",
+            "softcap has no gradient, and must not require one",
+            "softcap must be finite and at least 0 (0: none), got -1",
+        ],
+    ),
     "many things at once": (
         {
             "k": normal(2, 7, 2, 9),
@@ -256,6 +277,10 @@ PACKED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["max_seqlen_k must be an integer or None, got int 9223372036854775808, more than 64 bits hold"],
     ),
     "max_seqlen no integer": ({"max_seqlen_k": 7.5}, ["max_seqlen_k must be an integer or None, got float 7.5"]),
+    "cu_seqlens no tensor": (
+        {"cu_seqlens_k": [0, 7, 14], "softcap": "x"},
+        ["cu_seqlens_k must be a torch.Tensor or None, got list [0, 7, 14]", "softcap must be a number, got str 'x'"],
+    ),
     "seqused": (
         {"seqused_k": int32(8, 7)},
         ["seqused_k must be between 0 and the sequence's length (7), got 8 at index 0"],
@@ -316,7 +341,7 @@ def test_attention_varlen(name: str, function: Callable[..., Any]) -> None:
 
 
 # What only values, devices and layouts tell.
-NOT_OF_FACTS = re.compile("seqused_. (too long|negative)|no numbers|device|nested|jagged|sparse")
+NOT_OF_FACTS = re.compile("seqused_. (too long|negative)|no numbers|gradients|device|nested|jagged|sparse|quantized")
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])
@@ -339,6 +364,22 @@ def test_a_call_that_cannot_run_is_not_exported() -> None:
 
     with pytest.raises(InputError, match="heads must be a multiple of k's"):
         torch.export.export(Module(), (normal(2, 5, 4, 8), normal(2, 5, 3, 8)))
+
+
+def test_mapped_calls_tell_the_shapes_of_a_member() -> None:
+    q, bias = normal(3, 2, 5, 4, 8), normal(3, 3, 4, 5, 5)
+    with pytest.raises(InputError) as raised:
+        torch.vmap(lambda q, bias: attention(q, q, q, bias=bias))(q, bias)
+    assert_lists(
+        raised.value, "attention", ["(batch, heads, seqlen_q, seqlen_k) = (2, 4, 5, 5), got shape (3, 4, 5, 5)"]
+    )
+    with pytest.raises(InputError) as raised:
+        torch.vmap(torch.vmap(lambda q: attention(q, q, q)))(q)
+    assert_lists(raised.value, "attention", [f"{name} must have 4 dimensions" for name in "qkv"])
+    assert "got shape (5, 4, 8)" in str(raised.value)
+    with pytest.raises(InputError) as raised:
+        torch.vmap(lambda q: flash_attn_ext.merge(q, q[..., 0].mT, q, q[..., 0]))(q)
+    assert_lists(raised.value, "merge", ["lse_b must be float32 of shape (2, 4, 5), got float32 of shape (2, 5, 4)"])
 
 
 def test_float64_takes_what_float32_cannot_hold() -> None:
