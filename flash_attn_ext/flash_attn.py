@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import counts
 from .attention import attend, window_of
-from .errors import InputError, as_integer, shown
+from .errors import InputError, as_integer, is_number, shown
 from .padding import pad_input
 from .reference import dropout_keep_mask
 
@@ -171,7 +171,7 @@ def _attend(
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs = options
     scores, unmet = scores_of(causal, window_size, softmax_scale, softcap, alibi_slopes, lengths)
     rng_state = None
-    if return_attn_probs and isinstance(q, Tensor) and isinstance(dropout_p, (Real, Tensor)) and float(dropout_p) > 0:
+    if return_attn_probs and isinstance(q, Tensor) and is_number(dropout_p) and float(dropout_p) > 0:
         rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
     out, lse = attend(
         function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from .errors import InputError, raise_input_error
 
 _UNPAD_KINDS = {"hidden_states": "tensor", "attention_mask": "tensor", "unused_mask": "tensor?"}
+_CONCATENATED_KINDS = dict.fromkeys(("hidden_states", "attention_mask_in_length"), "tensor")
 _PAD_KINDS = {**dict.fromkeys(("hidden_states", "indices"), "tensor"), **dict.fromkeys(("batch", "seqlen"), "integer")}
 
 
@@ -76,19 +77,21 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
             unmet.append(f"indices must be int64 or int32, got {indices.dtype}")
         if batch < 0 or seqlen < 0:
             unmet.append(f"batch and seqlen must be at least 0, got {batch} and {seqlen}")
+        if batch * seqlen == 0 and indices.numel():  # torch finds no wrong index where there are no rows
+            unmet.append(_within(indices, 0))
         if unmet:
             raise InputError("pad_input", unmet)
         padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
         return padded.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
     except IndexError:
-        line = f"indices must be in [0, batch * seqlen) = [0, {batch * seqlen}), got {_range(indices)}"
-        raise InputError("pad_input", [line]) from None
+        raise InputError("pad_input", [_within(indices, batch * seqlen)]) from None
     except Exception as error:
         raise_input_error("pad_input", error, locals(), _PAD_KINDS)
 
 
-def _range(x: Tensor) -> str:
-    return f"{int(x.min())} to {int(x.max())}"
+def _within(indices: Tensor, rows: int) -> str:
+    given = f"{int(indices.min())} to {int(indices.max())}"
+    return f"indices must be in [0, batch * seqlen) = [0, {rows}), got {given}"
 
 
 def unpad_input_for_concatenated_sequences(
@@ -103,15 +106,31 @@ def unpad_input_for_concatenated_sequences(
 
     Returns:
         hidden_states (total, ...), indices (total,), cu_seqlens (sequences + 1,) int32 and max_seqlen.
+
+    Raises:
+        InputError: a ValueError and TypeError that lists every unmet constraint.
     """
-    if hidden_states.dim() < 2 or attention_mask_in_length.shape != hidden_states.shape[:2]:
-        line = (
-            "attention_mask_in_length must have shape (batch, seqlen), the first two dimensions of hidden_states "
-            f"{tuple(hidden_states.shape)}, got {tuple(attention_mask_in_length.shape)}"
-        )
-        raise InputError("unpad_input_for_concatenated_sequences", [line])
-    places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    packed, indices, *_ = unpad_input(hidden_states, places < attention_mask_in_length.sum(1, keepdim=True))
-    lengths = attention_mask_in_length[attention_mask_in_length != 0]
-    cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return packed, indices, cu_seqlens, int(lengths.max()) if len(lengths) else 0
+    function = "unpad_input_for_concatenated_sequences"
+    try:
+        lengths = attention_mask_in_length
+        if hidden_states.dim() < 2 or lengths.shape != hidden_states.shape[:2]:
+            line = (
+                "attention_mask_in_length must have shape (batch, seqlen), the first two dimensions of hidden_states "
+                f"{tuple(hidden_states.shape)}, got {tuple(lengths.shape)}"
+            )
+            raise InputError(function, [line])
+        seqlen, totals = hidden_states.shape[1], lengths.sum(1, keepdim=True)
+        unmet = []
+        if wrong := lengths[lengths < 0].tolist():
+            unmet.append(f"attention_mask_in_length must be at least 0, got {wrong[0]}")
+        if wrong := totals[totals > seqlen].tolist():
+            unmet.append(f"the lengths of a row must add up to at most seqlen {seqlen}, got {wrong[0]}")
+        if unmet:
+            raise InputError(function, unmet)
+        places = torch.arange(seqlen, device=hidden_states.device)
+        packed, indices, *_ = unpad_input(hidden_states, places < totals)
+        lengths = lengths[lengths != 0]
+        cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return packed, indices, cu_seqlens, int(lengths.max()) if len(lengths) else 0
+    except Exception as error:
+        raise_input_error(function, error, locals(), _CONCATENATED_KINDS)

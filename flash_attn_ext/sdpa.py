@@ -13,7 +13,7 @@ from .attention import attend
 from .errors import InputError, raise_input_error
 
 _FUNCTION = "scaled_dot_product_attention"
-_IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim))"
+_IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim), with scale as softmax_scale)"
 _BOTH = "is_causal must be False where attn_mask is given, got both"
 _KINDS = {**dict.fromkeys(("query", "key", "value"), "tensor"), "attn_mask": "tensor?"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bad_input import NESTED, assert_lists, int32, normal
+from test_bad_input import NESTED, assert_lists, dense, int32, normal
 
 import flash_attn_ext
 from flash_attn_ext import InputError, explain
@@ -27,6 +27,7 @@ def pad(**changes: Any) -> Any:
     return flash_attn_ext.pad_input(**(arguments | changes))
 
 
+CONCATENATED = flash_attn_ext.padding.unpad_input_for_concatenated_sequences
 MASK_OF = "must be a torch.Tensor or None, got list [1]"
 OTHERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[str]]] = {
     "query None": ("MultiheadAttention", mha, {"query": None}, ["query must be a torch.Tensor, got None"]),
@@ -73,12 +74,45 @@ OTHERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[str]]] = {
         ["indices must be int64 or int32, got torch.float32", "batch and seqlen must be at least 0, got -1 and 3"],
     ),
     "indices list": ("pad_input", pad, {"indices": [0]}, ["indices must be a torch.Tensor, got list [0]"]),
+    "indices without rows": (
+        "pad_input",
+        pad,
+        {"batch": 0},
+        ["indices must be in [0, batch * seqlen) = [0, 0), got 0 to 5"],
+    ),
+    "lengths None": (
+        CONCATENATED.__name__,
+        CONCATENATED,
+        {"hidden_states": normal(2, 5, 4), "attention_mask_in_length": None},
+        ["attention_mask_in_length must be a torch.Tensor, got None"],
+    ),
+    "lengths too long": (
+        CONCATENATED.__name__,
+        CONCATENATED,
+        {"hidden_states": normal(2, 5, 4), "attention_mask_in_length": int32(6, 0, 2, -1, 0).expand(2, -1)},
+        [
+            "attention_mask_in_length must be at least 0, got -1",
+            "the lengths of a row must add up to at most seqlen 5, got 7",
+        ],
+    ),
     "seqlen": ("pad_input", pad, {"seqlen": 3.0}, ["seqlen must be an integer, got float 3.0"]),
     "no q": (
         "flash_attn_func",
         flash_attn_ext.flash_attn_func,
         {"q": [1], "k": normal(1, 2, 3, 4), "v": normal(1, 2, 3, 4), "dropout_p": 0.5, "return_attn_probs": True},
         ["q must be a torch.Tensor, got list [1]"],
+    ),
+    "probabilities of two": (
+        "flash_attn_func",
+        flash_attn_ext.flash_attn_func,
+        {**dense(), "dropout_p": normal(2), "return_attn_probs": True},
+        ["dropout_p must be a number, got Tensor"],
+    ),
+    "scale": (
+        "scaled_dot_product_attention (in the layout (batch, seqlen, heads, dim), with scale as softmax_scale)",
+        flash_attn_ext.scaled_dot_product_attention,
+        {**dict.fromkeys(("query", "key", "value"), normal(2, 4, 5, 8)), "scale": "x"},
+        ["softmax_scale must be a number or None, got str 'x'"],
     ),
     "packed nested": (
         "flash_attn_qkvpacked_func",
