@@ -18,7 +18,11 @@ from .errors import InputError, raise_input_error
 from .flash_attn import probabilities, scores_of
 from .ops import ops
 
-_KINDS = {**dict.fromkeys(("dout", "q", "k", "v", "out", "softmax_lse"), "tensor"), "dropout_p": "number"}
+_KINDS = {
+    **dict.fromkeys(("dout", "q", "k", "v", "out", "softmax_lse"), "tensor"),
+    **dict.fromkeys(("dq", "dk", "dv"), "tensor?"),
+    "dropout_p": "number",
+}
 
 
 def _flash_attn_forward(
@@ -94,6 +98,7 @@ def _flash_attn_backward(
 ) -> Tensor:
     """Writes dq, dk and dv. Returns the rows' sums of dout * out, laid out as softmax_lse (batch, heads, seqlen_q).
 
+    dq, dk and dv have the shape, dtype and device of q, k and v, or are None and not written.
     out and softmax_lse may be those over more keys than k and v: the gradients are then these keys' part.
     """
     scores = scores_of(causal, (window_size_left, window_size_right), softmax_scale, softcap, alibi_slopes)
@@ -175,9 +180,11 @@ def _backward(
     dout, _, q, k, v, out, softmax_lse = inputs
     scale = options["softmax_scale"]
     lengths = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+    into = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     try:
-        if unmet:
-            raise InputError(function, unmet)
+        pairs = zip(into.items(), {"q": q, "k": k, "v": v}.items(), strict=True)
+        differ = [(name, x, of, y) for (name, x), (of, y) in pairs if x is not None and _facts(x) != _facts(y)]
+        unmet = [*unmet, *(f"{name} must be, as {of}, {_facts(y)}, got {_facts(x)}" for name, x, of, y in differ)]
         computed = ops.backward(
             *inputs,
             *(None, None, options["alibi_slopes"], None, *lengths[:2], None, None),
@@ -193,9 +200,15 @@ def _backward(
         )
     except Exception as error:
         given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dropout_p": dropout_p}
-        raise_input_error(function, error, given, _KINDS)
-    for into, gradient in zip(gradients, computed, strict=False):
-        if into is not None:
-            into.copy_(gradient)
+        raise_input_error(function, error, given | into, _KINDS, unmet)
+    if unmet:
+        raise InputError(function, unmet)
+    for result, gradient in zip(gradients, computed, strict=False):
+        if result is not None:
+            result.copy_(gradient)
     wide = torch.promote_types(out.dtype, torch.float32)
     return (dout.to(wide) * out.to(wide)).sum(-1).transpose(-1, -2)
+
+
+def _facts(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"

@@ -110,6 +110,27 @@ def test_parts_of_the_keys_as_ring_attention_takes_them() -> None:
     torch.testing.assert_close([out, dq, dk, dv], [expected, *expected_gradients])
 
 
+def test_gradients_are_written_into_their_own_shapes_only() -> None:
+    q, k, v = (draw(1, 6, 2, 8, seed=i) for i in range(3))
+    out, lse, *_ = _flash_attn_forward(q, k, v, **arguments("plain"), return_softmax=False)
+    into = [torch.zeros(3, 6, 2, 8, dtype=q.dtype), torch.zeros_like(k, dtype=torch.float32), v.to("meta")]
+    with pytest.raises(InputError) as raised:
+        _flash_attn_backward(out[:, :5], q, k, v, out, lse, *into, **arguments("plain"), deterministic=True)
+    facts = "torch.float64 of shape (1, 6, 2, 8) on cpu"
+    assert raised.value.constraints[:3] == (
+        f"dq must be, as q, {facts}, got torch.float64 of shape (3, 6, 2, 8) on cpu",
+        f"dk must be, as k, {facts}, got torch.float32 of shape (1, 6, 2, 8) on cpu",
+        f"dv must be, as v, {facts}, got torch.float64 of shape (1, 6, 2, 8) on meta",
+    )
+    assert raised.value.constraints[3].startswith("dout must be")
+    assert into[0].count_nonzero() == 0
+    into = [None, [1], torch.empty_like(v[:, :5])]
+    with pytest.raises(
+        InputError, match=r"1 constraint is not met\n- dk must be a torch.Tensor or None, got list \[1\]"
+    ):
+        _flash_attn_backward(out, q, k, v, out, lse, *into, **arguments("plain"), deterministic=True)
+
+
 def test_what_cannot_be_taken_raises() -> None:
     q = draw(1, 6, 2, 8, seed=0)
     with pytest.raises(InputError, match="_flash_attn_forward: 1 constraint"):
