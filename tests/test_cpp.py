@@ -136,12 +136,29 @@ def test_dropout_errors_and_second_derivatives() -> None:
         in_cpp(q, q[..., :5], q, (None, None), softcap=-1.0)
     with pytest.raises(ValueError, match="window_size"):
         in_cpp(q, q, q, (None, None), window_left=-2)
+    with pytest.raises(RuntimeError, match="alibi_slopes has no gradient"):
+        in_cpp(q, q, q, (None, None), alibi_slopes=torch.ones(4, requires_grad=True))
     sinks = normal(4, seed=1).requires_grad_()
     for given, leaf in ((q, q), (q.detach(), sinks)):
         out, lse = in_cpp(given, given, given, (None, None), sinks=sinks)
         (gradient,) = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="no gradient of the gradient"):
             gradient.sum().backward()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.usefixtures("_api")
+def test_autocast() -> None:
+    tensors = [normal(2, 7, 4, 8, seed=seed).float() for seed in range(3)]
+    for bias in (None, normal(7, 7, seed=4).float(), normal(7, 7, seed=4).half()):
+        with torch.autocast("cpu", torch.bfloat16):
+            (out, _), expected = in_cpp(*tensors, (None, None), bias=bias), attention(*tensors, bias=bias)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, expected)
+    double = normal(2, 7, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_cpp(double, double, double, (None, None))[0].dtype == torch.float64
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -32,7 +33,7 @@ struct AttentionOptions {
   double softcap = 0;
   std::optional<Tensor> bias = std::nullopt;  // broadcasts to (batch, heads, seqlen_q, seqlen_k); has a gradient
   std::optional<Tensor> mask = std::nullopt;  // bool, broadcasts like bias; true: attend
-  std::optional<Tensor> alibi_slopes = std::nullopt;  // float32 (heads) or (batch, heads)
+  std::optional<Tensor> alibi_slopes = std::nullopt;  // float32 (heads) or (batch, heads); has no gradient
   std::optional<Tensor> sinks = std::nullopt;         // (heads); has a gradient
   double dropout_p = 0;                               // random numbers: the generator of q's device
   std::optional<Tensor> seqused_q = std::nullopt, seqused_k = std::nullopt;  // int32 (batch)
@@ -180,8 +181,18 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 };
 
+// Under autocast q, k and v take its dtype; float64 stays, and so does a float32 bias.
+inline Tensor autocast(const Tensor& x, at::DeviceType device) {
+  const bool casts = (device == at::kCPU || device == at::kCUDA) && at::autocast::is_autocast_enabled(device) &&
+                     x.is_floating_point() && x.scalar_type() != at::kDouble;
+  return casts ? x.to(at::autocast::get_autocast_dtype(device)) : x;
+}
+
 inline AttentionResult attend(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& cu_seqlens_q,
                               const MaybeTensor& cu_seqlens_k, const AttentionOptions& options) {
+  TORCH_CHECK(!(at::GradMode::is_enabled() && options.alibi_slopes && options.alibi_slopes->requires_grad()),
+              "flash_attn_ext: alibi_slopes has no gradient, and must not require one: pass alibi_slopes.detach(); "
+              "slopes that learn can be added to the scores through bias, which has one");
   const auto [left, right] = options.window_size;
   TORCH_CHECK_VALUE(left >= -1 && right >= -1,
                     "flash_attn_ext: window_size must be two integers (left, right), each -1 (no limit) or at least 0, "
@@ -211,7 +222,11 @@ inline AttentionResult attend(const Tensor& q, const Tensor& k, const Tensor& v,
   a.deterministic = options.deterministic;
   MaybeTensor sinks = options.sinks;
   if (sinks) sinks = sinks->to(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const variable_list result = Attention::apply(q, k, v, four_dimensional(options.bias), sinks, a);
+  MaybeTensor bias = four_dimensional(options.bias);
+  const at::DeviceType device = q.device().type();
+  if (bias && bias->scalar_type() != at::kFloat) bias = autocast(*bias, device);
+  const variable_list result =
+      Attention::apply(autocast(q, device), autocast(k, device), autocast(v, device), bias, sinks, a);
   return {result[0], result[1]};
 }
 
