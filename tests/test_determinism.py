@@ -87,6 +87,25 @@ def test_batch_invariance(device: str, dtype: torch.dtype, case: Case, request: 
             assert torch.equal(together[name][b : b + 1], alone[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_histories(dtype: torch.dtype) -> None:
+    """On the CPU, a token against its history has the same bits alone as packed between others, and as unpacked."""
+    lengths = (1, 700, 256, 0, 3000, 257)
+    case = Case(lengths_q=(1,) * len(lengths), lengths_k=lengths, head_dim=64, window_right=0, dtype=dtype)
+    inputs = case.make()
+    packed = case.run_ours(inputs)
+    start = 0
+    for b, length in enumerate(lengths):
+        one: Inputs = dict.fromkeys(inputs)
+        one |= {name: inputs[name][b : b + 1].unsqueeze(0) for name in ("q", "dout")}
+        one |= {name: inputs[name][start : start + length].unsqueeze(0) for name in ("k", "v")}
+        one["dlse"] = inputs["dlse"][:, b : b + 1].unsqueeze(0)
+        alone = case.but(lengths_q=None, lengths_k=None, batch=1, seqlen_q=1, seqlen_k=length).run_ours(one)
+        assert torch.equal(packed["out"][b], alone["out"][0, 0]), length
+        assert torch.equal(packed["lse"][:, b], alone["lse"][0, :, 0]), length
+        start += length
+
+
 UNEQUAL = (34, 520, 190)
 EQUAL = (150, 150, 150)  # which GPUs take in another order
 LONG = (34, 4100, 190)

@@ -83,6 +83,38 @@ def test_no_memory_for_every_head_that_shares_keys(dtype: str, heads: int) -> No
     check_peak(1, dtype=dtype, heads=heads, heads_kv=1, causal=True, window=(64, 0))
 
 
+PACKED_PEAK = """
+import torch, flash_attn_ext
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def starts(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+torch.set_num_threads(1)
+dtype, long, short = torch.{dtype}, 131072, 1023
+q, k = torch.randn(short + 1, 8, 64).to(dtype), torch.randn(short + long, 1, 64).to(dtype)
+starts_q, starts_k = starts([1] * (short + 1)), starts([1] * short + [long])
+flash_attn_ext.attention_varlen(q[:2], k[:2], k[:2], starts_q[:3], starts_k[:3])  # libraries loaded
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+flash_attn_ext.attention_varlen(q, k, k, starts_q, starts_k)
+print(status("VmHWM") - before)
+"""
+
+
+@has_peaks
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_memory_of_the_longest_history_for_every_sequence(dtype: str) -> None:
+    """One token for each of 1024 packed sequences, of which one is long. With partial results for as many keys of each,
+    that was 1.5 GiB."""
+    used = int(run(PACKED_PEAK.format(dtype=dtype)))
+    assert used <= BUDGET, f"{used / MIB:.0f} MiB"
+
+
 # Every block from the allocator, not only torch's tensors, starts as bytes 0xff: NaN in every float type.
 POISON = """
 #include <stddef.h>

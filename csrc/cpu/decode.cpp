@@ -11,16 +11,23 @@
 namespace fae::cpu::FAE_LEVEL {
 namespace {
 
-// The cut of a history depends on its length alone, so that a sequence's bits do not depend on the batch.
+// The cut of a history depends on its length alone, so that a sequence's bits do not depend on the batch. Chunks of a
+// packed batch are numbered through all sequences, so that one long history does not give every other as many.
 struct DecodeSplit {
   static constexpr int64_t kChunkKeys = 256;
-  int64_t group, rows, chunks;  // rows: of all heads
+  int64_t group, rows;    // rows: of all heads
+  GridSchedule schedule;  // a task is a number of a chunk; some number none
 
-  explicit DecodeSplit(const Problem& p) : group(p.heads / p.heads_kv) {
-    const LongestSequence longest(p);
-    rows = longest.q * p.heads;
-    chunks = longest.k > 0 ? ceil_div(longest.k, kChunkKeys) : 1;
-  }
+  explicit DecodeSplit(const Problem& p) : DecodeSplit(p, LongestSequence(p)) {}
+
+  // Without keys there is one chunk, which says so.
+  static int64_t chunks(const Sequence& s) { return s.seqlen_k > 0 ? ceil_div(s.seqlen_k, kChunkKeys) : 1; }
+
+ private:
+  DecodeSplit(const Problem& p, const LongestSequence& longest)
+      : group(p.heads / p.heads_kv),
+        rows(longest.q * p.heads),
+        schedule(p.batch, 1, longest.k > 0 ? longest.k : 1, kChunkKeys, p.cu_seqlens_k, p.total_k) {}
 };
 
 // What a task makes of its keys: statistics and unnormalised output of every row, rows ordered [head][query].
@@ -69,6 +76,7 @@ class DecodeTask {
         scratch_(scratch) {}
 
   void run(int64_t chunk) {
+    if (chunk >= chunks()) return;
     for (int64_t r = 0; r < rows_; ++r) {
       pack_rows<T>(Rows(p_.dtype, p_.q, batch_, sequence_.q_start + query(r), head(r)), 1, p_.head_dim,
                    static_cast<T>(p_.softmax_scale), scratch_.q + r * ld_qk_);
@@ -80,6 +88,8 @@ class DecodeTask {
     for (int64_t key = begin; key < end; key += kBlockKeys)
       if (key < seen.end && key + kBlockKeys > seen.begin) step(key);
   }
+
+  int64_t chunks() const { return DecodeSplit::chunks(sequence_); }
 
   // O / l and lse of every row.
   void finish() const {
@@ -276,11 +286,11 @@ class DecodeTask {
   const Scratch<T>& scratch_;
 };
 
-// Workspace: the partial results of all (batch, chunk), then every worker's scratch.
+// Workspace: the partial results of all chunks, then every worker's scratch.
 template <class T>
 size_t workspace(const Problem& p, int threads) {
   const DecodeSplit split(p);
-  return p.batch * split.chunks * Partial<T>(p, split, nullptr).bytes + threads * Scratch<T>(p, split, nullptr).bytes;
+  return split.schedule.size() * Partial<T>(p, split, nullptr).bytes + threads * Scratch<T>(p, split, nullptr).bytes;
 }
 
 template <class T, class S>
@@ -289,21 +299,20 @@ void run_decode(const Problem& p, const Execution& execution) {
   const size_t partial_bytes = Partial<T>(p, split, nullptr).bytes;
   const size_t scratch_bytes = Scratch<T>(p, split, nullptr).bytes;
   char* const partials = static_cast<char*>(execution.workspace);
-  char* const scratches = partials + p.batch * split.chunks * partial_bytes;
-  const auto partial = [&](int64_t batch, int64_t chunk) {
-    return Partial<T>(p, split, partials + (batch * split.chunks + chunk) * partial_bytes);
-  };
-  execution.parallel(p.batch * split.chunks, [&](int64_t task, int worker) {
-    const int64_t batch = task / split.chunks, chunk = task % split.chunks;
+  char* const scratches = partials + split.schedule.size() * partial_bytes;
+  const auto partial = [&](int64_t number) { return Partial<T>(p, split, partials + number * partial_bytes); };
+  execution.parallel(split.schedule.size(), [&](int64_t number, int worker) {
+    const Tile tile = split.schedule[number];
     const Scratch<T> scratch(p, split, scratches + worker * scratch_bytes);
-    const Partial<T> result = partial(batch, chunk);
-    DecodeTask<T, S>(p, split, batch, result, scratch).run(chunk);
+    const Partial<T> result = partial(number);
+    DecodeTask<T, S>(p, split, tile.batch, result, scratch).run(tile.block);
   });
   execution.parallel(p.batch, [&](int64_t batch, int worker) {
     const Scratch<T> scratch(p, split, scratches + worker * scratch_bytes);
-    const Partial<T> first = partial(batch, 0);
+    const int64_t first_chunk = first_block(split.schedule, batch);
+    const Partial<T> first = partial(first_chunk);
     const DecodeTask<T, S> work(p, split, batch, first, scratch);
-    for (int64_t chunk = 1; chunk < split.chunks; ++chunk) work.join(partial(batch, chunk));
+    for (int64_t chunk = 1; chunk < work.chunks(); ++chunk) work.join(partial(first_chunk + chunk));
     work.finish();
   });
 }

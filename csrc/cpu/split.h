@@ -78,4 +78,9 @@ struct LongestSequence {
   }
 };
 
+// The first block of a sequence among those of all sequences, as a schedule of one head numbers them.
+FAE_INLINE int64_t first_block(const GridSchedule& blocks, int64_t batch) {
+  return blocks.packed.cu_seqlens ? blocks.packed.first(static_cast<int32_t>(batch)) : batch * blocks.blocks;
+}
+
 }  // namespace fae::cpu
