@@ -44,6 +44,19 @@ def test_threads(device: str, dtype: torch.dtype, case: Case, thread_count: None
         assert_equal(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_threads_and_rounds(dtype: torch.dtype, thread_count: None) -> None:
+    """Partial sums of dQ come in rounds of as many (sequence, KV head) as fit into memory, of which each thread brings
+    some: with these, two rounds for one thread, of which the first ends within a sequence, and one for eight."""
+    lengths_q, lengths_k = (1500, 1, 1500, 0, 33, 1500, 2), (140, 1, 129, 70, 0, 140, 130)
+    case = Case(lengths_q=lengths_q, lengths_k=lengths_k, heads=8, heads_kv=2, head_dim=512, dtype=dtype)
+    inputs = case.make()
+    torch.set_num_threads(1)
+    expected = case.run_ours(inputs)
+    torch.set_num_threads(8)
+    assert_equal(case.run_ours(inputs), expected)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_repeated_runs(device: str, dtype: torch.dtype, case: Case) -> None:

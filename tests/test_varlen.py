@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -94,3 +96,32 @@ def test_sequences_do_not_see_each_other(device: str, dtype: torch.dtype) -> Non
     for name in ("out", "dq", "dk", "dv"):
         for rows in (slice(0, 20), slice(53, 68)):
             assert torch.equal(got[name][rows], expected[name][rows]), name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def cpu_time(lengths_q: list[int], lengths_k: list[int], dtype: torch.dtype, gradients: bool) -> float:
+    starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    q, k = torch.randn(sum(lengths_q), 8, 16).to(dtype), torch.randn(sum(lengths_k), 1, 16).to(dtype)
+    q, k = q.requires_grad_(gradients), k.requires_grad_(gradients)
+    start = time.process_time()
+    out = flash_attn_ext.attention_varlen(q, k, k, starts_q, starts_k, window_size=(2, 0))
+    if gradients:
+        torch.autograd.grad(out, (q, k), torch.ones_like(out))
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["decode", "backward"])
+def test_one_long_sequence_does_not_slow_down_the_others(gradients: bool, dtype: torch.dtype, one_thread: None) -> None:
+    """On the CPU many short packed sequences and a long one take the time that they take apart."""
+    short, long = [1] * 10000, [40000 if gradients else 131072]
+    long_q = long if gradients else [1]
+    apart = cpu_time(short, short, dtype, gradients) + cpu_time(long_q, long, dtype, gradients)
+    assert cpu_time(short + long_q, short + long, dtype, gradients) <= 5 * apart + 0.5

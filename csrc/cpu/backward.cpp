@@ -2,6 +2,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "pack.h"
+#include "partials.h"
 #include "recompute.h"
 #include "split.h"
 #include "statistics.h"
@@ -14,7 +15,8 @@
 namespace fae::cpu::FAE_LEVEL {
 namespace {
 
-constexpr int64_t kBlockRows = 96;  // query rows at a time, whole strips
+constexpr int64_t kBlockRows = 96;   // query rows at a time, whole strips
+constexpr int64_t kPartialRows = 8;  // a short sequence's partial sums are little more than its own
 
 // Keys packed at a time: what keeps K, V (transposed and straight) and dK, dV within the second-level cache.
 template <class T>
@@ -50,39 +52,17 @@ struct Scratch {
   }
 };
 
-// Partial sums of the pairs at work: dQ [pair][chunk][head of the pass][row][dim], dK and dV [pair][split][key][dim].
-// Absent where a task finishes its gradients alone.
-template <class T>
-struct Partials {
-  T *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  size_t bytes = 0;
-
-  Partials(const Problem& p, const BackwardSplit& split, const LongestSequence& longest, void* base) {
-    Arena arena(base);
-    if (split.chunks > 1 || split.chunk_keys > keys_at_once<T>(p))
-      dq = arena.take<T>(split.pairs_at_once * split.chunks * split.heads_at_once * longest.q * padded<T>(p.head_dim));
-    if (split.shares_dkv()) {
-      dk = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim));
-      dv = arena.take<T>(split.pairs_at_once * split.head_splits * longest.k * padded<T>(p.head_dim_v));
-    }
-    bytes = arena.used();
-  }
-};
-
 template <class T>
 class BackwardTask {
  public:
-  BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
-               const Partials<T>& partials, const Scratch<T>& scratch, int64_t pair, int64_t slot, int64_t pass,
-               int64_t share, int64_t chunk)
+  BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const PairPartials<T>& partials,
+               const Scratch<T>& scratch, int64_t pair, int64_t pass, int64_t share, int64_t chunk)
       : p_(p),
         split_(split),
-        longest_(longest),
         partials_(partials),
         scratch_(scratch),
         batch_(pair / p.heads_kv),
         head_kv_(pair % p.heads_kv),
-        slot_(slot),
         pass_(pass),
         share_(share),
         chunk_(chunk),
@@ -95,7 +75,7 @@ class BackwardTask {
     const Interval heads = split_.heads_of(pass_, share_);
     if (partials_.dq)
       for (int64_t member = heads.begin; member < heads.end; ++member)
-        fill_zero(dq_partial(member, 0), longest_.q * ld_qk_);
+        fill_zero(dq_partial(member, 0), sequence_.seqlen_q * ld_qk_);
 
     const int64_t begin = clamp_length(chunk_ * split_.chunk_keys, sequence_.seqlen_k);
     const int64_t end = clamp_length(begin + split_.chunk_keys, sequence_.seqlen_k);
@@ -121,13 +101,12 @@ class BackwardTask {
   }
   T* dq_partial(int64_t member, int64_t row) const {
     const int64_t number = member - split_.heads_of(pass_).begin;
-    const int64_t index = (slot_ * split_.chunks + chunk_) * split_.heads_at_once + number;
-    return partials_.dq + (index * longest_.q + row) * ld_qk_;
+    return partials_.dq + ((chunk_ * split_.heads_at_once + number) * partials_.rows + row) * ld_qk_;
   }
 
   T* dk_partial(int64_t key) const { return partials_.dk + dkv_row(key) * ld_qk_; }
   T* dv_partial(int64_t key) const { return partials_.dv + dkv_row(key) * ld_v_; }
-  int64_t dkv_row(int64_t key) const { return (slot_ * split_.head_splits + share_) * longest_.k + key; }
+  int64_t dkv_row(int64_t key) const { return share_ * partials_.keys + key; }
 
   void pack_keys(int64_t begin, int64_t end) const {
     for (int64_t key = begin; key < end; key += kBlockKeys) {
@@ -253,10 +232,9 @@ class BackwardTask {
 
   const BackwardProblem& p_;
   const BackwardSplit& split_;
-  const LongestSequence& longest_;
-  const Partials<T>& partials_;
+  const PairPartials<T>& partials_;
   const Scratch<T>& scratch_;
-  const int64_t batch_, head_kv_, slot_, pass_, share_, chunk_;
+  const int64_t batch_, head_kv_, pass_, share_, chunk_;
   const Sequence sequence_;
   const Band band_;
   const int64_t ld_qk_, ld_v_;
@@ -272,38 +250,42 @@ void add_partials(T* partial, int64_t count, int64_t stride, int64_t rows, int64
 }
 
 // Adds the partial sums of a pass of the pairs [first_pair, last_pair) up, those of dK and dV after the last pass; a
-// task does some rows of dQ, or of dK and dV.
+// task does every so many blocks of rows of dQ, or of dK and dV.
 template <class T>
-void add_up(const BackwardProblem& p, const BackwardSplit& split, const LongestSequence& longest,
-            const Partials<T>& partials, int64_t first_pair, int64_t last_pair, int64_t pass,
-            const Execution& execution) {
+void add_up(const BackwardProblem& p, const BackwardSplit& split, const Partials<T>& partials, int64_t first_pair,
+            int64_t last_pair, int64_t pass, const Execution& execution) {
   constexpr int64_t kRows = 128;
   const int64_t ld_qk = padded<T>(p.head_dim), ld_v = padded<T>(p.head_dim_v);
+  const int64_t pairs = last_pair - first_pair;
   const auto clipped = [](int64_t begin, int64_t length) { return clamp_length(length - begin, kRows); };
   if (partials.dq) {
-    const int64_t blocks = ceil_div(longest.q, kRows);
     const Interval heads = split.heads_of(pass);
-    execution.parallel((last_pair - first_pair) * heads.size() * blocks, [&](int64_t task, int) {
-      const int64_t slot = task / blocks / heads.size(), number = task / blocks % heads.size();
-      const int64_t pair = first_pair + slot, batch = pair / p.heads_kv, row = task % blocks * kRows;
+    const int64_t shares = split.shares_of_sums(pairs * heads.size());
+    execution.parallel(pairs * heads.size() * shares, [&](int64_t task, int) {
+      const int64_t pair = first_pair + task / shares / heads.size(), number = task / shares % heads.size();
+      const int64_t batch = pair / p.heads_kv;
+      const int64_t head = pair % p.heads_kv * split.group + heads.begin + number;
       const Sequence s = sequence_of(p, batch);
-      const int64_t stride = split.heads_at_once * longest.q * ld_qk;
-      T* partial = partials.dq + slot * split.chunks * stride + (number * longest.q + row) * ld_qk;
-      add_partials(partial, split.chunks, stride, clipped(row, s.seqlen_q), p.head_dim, static_cast<T>(p.softmax_scale),
-                   Rows(p.dtype, p.dq, batch, s.q_start + row, pair % p.heads_kv * split.group + heads.begin + number));
+      const PairPartials<T> mine(partials, split, first_pair, pair);
+      const int64_t stride = split.heads_at_once * mine.rows * ld_qk;
+      for (int64_t row = task % shares * kRows; row < s.seqlen_q; row += shares * kRows)
+        add_partials(mine.dq + (number * mine.rows + row) * ld_qk, split.chunks, stride, clipped(row, s.seqlen_q),
+                     p.head_dim, static_cast<T>(p.softmax_scale), Rows(p.dtype, p.dq, batch, s.q_start + row, head));
     });
   }
   if (partials.dk && pass == split.passes() - 1) {
-    const int64_t blocks = ceil_div(longest.k, kRows);
-    execution.parallel((last_pair - first_pair) * blocks, [&](int64_t task, int) {
-      const int64_t slot = task / blocks, pair = first_pair + slot, batch = pair / p.heads_kv;
-      const int64_t key = task % blocks * kRows, head = pair % p.heads_kv;
+    const int64_t shares = split.shares_of_sums(pairs);
+    execution.parallel(pairs * shares, [&](int64_t task, int) {
+      const int64_t pair = first_pair + task / shares, batch = pair / p.heads_kv, head = pair % p.heads_kv;
       const Sequence s = sequence_of(p, batch);
-      const int64_t at = slot * split.head_splits * longest.k + key, rows = clipped(key, s.seqlen_k);
-      add_partials(partials.dk + at * ld_qk, split.head_splits, longest.k * ld_qk, rows, p.head_dim,
-                   static_cast<T>(p.softmax_scale), Rows(p.dtype, p.dk, batch, s.k_start + key, head));
-      add_partials(partials.dv + at * ld_v, split.head_splits, longest.k * ld_v, rows, p.head_dim_v, T(1),
-                   Rows(p.dtype, p.dv, batch, s.k_start + key, head));
+      const PairPartials<T> mine(partials, split, first_pair, pair);
+      for (int64_t key = task % shares * kRows; key < s.seqlen_k; key += shares * kRows) {
+        const int64_t rows = clipped(key, s.seqlen_k);
+        add_partials(mine.dk + key * ld_qk, split.head_splits, mine.keys * ld_qk, rows, p.head_dim,
+                     static_cast<T>(p.softmax_scale), Rows(p.dtype, p.dk, batch, s.k_start + key, head));
+        add_partials(mine.dv + key * ld_v, split.head_splits, mine.keys * ld_v, rows, p.head_dim_v, T(1),
+                     Rows(p.dtype, p.dv, batch, s.k_start + key, head));
+      }
     });
   }
 }
@@ -320,13 +302,13 @@ struct Plan {
 
   Plan(const Problem& p, int threads, void* base)
       : longest(p),
-        split(p, longest.q, longest.k, keys_at_once<T>(p), padded<T>(p.head_dim) * sizeof(T),
+        split(p, longest, kPartialRows, keys_at_once<T>(p), padded<T>(p.head_dim) * sizeof(T),
               (padded<T>(p.head_dim) + padded<T>(p.head_dim_v)) * sizeof(T), threads),
         scratch_bytes(Scratch<T>(p, nullptr).bytes),
-        partials(p, split, longest, nullptr) {
+        partials(split, padded<T>(p.head_dim), padded<T>(p.head_dim_v), nullptr) {
     Arena arena(base);
     delta = take_delta<T>(p, arena);
-    partials = Partials<T>(p, split, longest, arena.take<char>(partials.bytes));
+    partials = Partials<T>(split, partials.ld_qk, partials.ld_v, arena.take<char>(partials.bytes));
     const size_t bias_bytes = typename BiasGradient<T>::Scratch(p, nullptr).bytes;
     scratch = arena.take<char>(threads * (scratch_bytes > bias_bytes ? scratch_bytes : bias_bytes));
     bytes = arena.used();
@@ -343,18 +325,18 @@ void run_backward(BackwardProblem p, const Execution& execution) {
   if (p.dbias.data) compute_dbias<T>(p, execution, plan.scratch);
 
   const int64_t tasks = split.tasks_per_pair();
-  for (int64_t first = 0; first < split.pairs; first += split.pairs_at_once) {
-    const int64_t last = first + split.pairs_at_once < split.pairs ? first + split.pairs_at_once : split.pairs;
+  for (int64_t first = 0, last; first < split.pairs; first = last) {
+    last = split.round_end(first);
     for (int64_t pass = 0; pass < split.passes(); ++pass) {
       // Chunks outermost: under a causal mask the first chunks are the longest tasks.
       execution.parallel((last - first) * tasks, [&](int64_t task, int worker) {
         const Scratch<T> scratch(p, plan.scratch + worker * plan.scratch_bytes);
-        const int64_t slot = task % (last - first), part = task / (last - first);
-        BackwardTask<T>(p, split, plan.longest, plan.partials, scratch, first + slot, slot, pass,
-                        part % split.head_splits, part / split.head_splits)
+        const int64_t pair = first + task % (last - first), part = task / (last - first);
+        const PairPartials<T> partials(plan.partials, split, first, pair);
+        BackwardTask<T>(p, split, partials, scratch, pair, pass, part % split.head_splits, part / split.head_splits)
             .run();
       });
-      add_up(p, split, plan.longest, plan.partials, first, last, pass, execution);
+      add_up(p, split, plan.partials, first, last, pass, execution);
     }
   }
 }

@@ -1,5 +1,6 @@
 #include "bias_gradient.h"
 #include "kernels.h"
+#include "partials.h"
 #include "recompute_tiles.h"
 #include "split.h"
 #include "statistics.h"
@@ -59,26 +60,6 @@ struct Scratch {
   }
 };
 
-// Partial sums of the pairs at work, absent where a task finishes its gradients alone: dQ [pair][chunk][head of pass]
-// [rows / 32][padded dim][32], dK and dV [pair][split][key][padded dim]. Rows and keys are whole blocks.
-struct Partials {
-  float *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  int64_t rows, keys;
-  size_t bytes;
-
-  Partials(const Problem& p, const BackwardSplit& split, const LongestSequence& longest, void* base)
-      : rows(round_up(longest.q, kBlock)), keys(round_up(longest.k, kBlock)) {
-    Arena arena(base);
-    if (split.chunks > 1 || split.chunk_keys > keys_at_once(p))
-      dq = arena.take<float>(split.pairs_at_once * split.chunks * split.heads_at_once * rows * padded_dim(p.head_dim));
-    if (split.shares_dkv()) {
-      dk = arena.take<float>(split.pairs_at_once * split.head_splits * keys * padded_dim(p.head_dim));
-      dv = arena.take<float>(split.pairs_at_once * split.head_splits * keys * padded_dim(p.head_dim_v));
-    }
-    bytes = arena.used();
-  }
-};
-
 // The sum of `count` partial sums, `stride` elements apart, in their order.
 FAE_INLINE Vec<float> sum_of(const float* partial, int64_t count, int64_t stride) {
   Vec<float> x = Vec<float>::load(partial);
@@ -109,15 +90,14 @@ void write_transposed(const float* partial, int64_t count, int64_t stride, int64
 
 class BackwardTask {
  public:
-  BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const Partials& partials, const Scratch& scratch,
-               int64_t pair, int64_t slot, int64_t pass, int64_t share, int64_t chunk)
+  BackwardTask(const BackwardProblem& p, const BackwardSplit& split, const PairPartials<float>& partials,
+               const Scratch& scratch, int64_t pair, int64_t pass, int64_t share, int64_t chunk)
       : p_(p),
         split_(split),
         partials_(partials),
         scratch_(scratch),
         batch_(pair / p.heads_kv),
         head_kv_(pair % p.heads_kv),
-        slot_(slot),
         pass_(pass),
         share_(share),
         chunk_(chunk),
@@ -130,7 +110,7 @@ class BackwardTask {
     const Interval heads = split_.heads_of(pass_, share_);
     if (partials_.dq)
       for (int64_t member = heads.begin; member < heads.end; ++member)
-        fill_zero(dq_partial(member), partials_.rows * dim_);
+        fill_zero(dq_partial(member), round_up(sequence_.seqlen_q, kBlock) * dim_);
 
     const int64_t begin = clamp_length(chunk_ * split_.chunk_keys, sequence_.seqlen_k);
     const int64_t end = clamp_length(begin + split_.chunk_keys, sequence_.seqlen_k);
@@ -152,12 +132,12 @@ class BackwardTask {
   }
   float* dq_partial(int64_t member) const {
     const int64_t number = member - split_.heads_of(pass_).begin;
-    return partials_.dq + ((slot_ * split_.chunks + chunk_) * split_.heads_at_once + number) * partials_.rows * dim_;
+    return partials_.dq + (chunk_ * split_.heads_at_once + number) * partials_.rows * dim_;
   }
   // Sums of dK and dV for the packed keys, the first of which is `key`.
   float* dk(int64_t key) const { return partials_.dk ? partials_.dk + dkv_row(key) * dim_ : scratch_.dk; }
   float* dv(int64_t key) const { return partials_.dv ? partials_.dv + dkv_row(key) * dim_v_ : scratch_.dv; }
-  int64_t dkv_row(int64_t key) const { return (slot_ * split_.head_splits + share_) * partials_.keys + key; }
+  int64_t dkv_row(int64_t key) const { return share_ * partials_.keys + key; }
 
   void pack_keys(int64_t begin, int64_t end) const {
     const int64_t padded = round_up(end - begin, kBlock);
@@ -268,44 +248,51 @@ class BackwardTask {
 
   const BackwardProblem& p_;
   const BackwardSplit& split_;
-  const Partials& partials_;
+  const PairPartials<float>& partials_;
   const Scratch& scratch_;
-  const int64_t batch_, head_kv_, slot_, pass_, share_, chunk_;
+  const int64_t batch_, head_kv_, pass_, share_, chunk_;
   const Sequence sequence_;
   const Band band_;
   const int64_t dim_, dim_v_;
 };
 
-// Adds the partial sums of a pass of the pairs [first_pair, last_pair) up, those of dK and dV after the last pass, 32
-// rows of dQ or keys of dK and dV at a time.
-void add_up(const BackwardProblem& p, const BackwardSplit& split, const Partials& partials, int64_t first_pair,
+// Adds the partial sums of a pass of the pairs [first_pair, last_pair) up, those of dK and dV after the last pass; a
+// task does every so many blocks of 32 rows of dQ or keys of dK and dV.
+void add_up(const BackwardProblem& p, const BackwardSplit& split, const Partials<float>& partials, int64_t first_pair,
             int64_t last_pair, int64_t pass, const Execution& execution) {
   const float scale = static_cast<float>(p.softmax_scale);
   const int64_t dim = padded_dim(p.head_dim), dim_v = padded_dim(p.head_dim_v), pairs = last_pair - first_pair;
   const auto rows_left = [](int64_t begin, int64_t length) { return clamp_length(length - begin, kBlock); };
   const Interval heads = split.heads_of(pass);
-  if (partials.dq)
-    execution.parallel(pairs * heads.size() * (partials.rows / kBlock), [&](int64_t task, int) {
-      const int64_t row = task % (partials.rows / kBlock) * kBlock, index = task / (partials.rows / kBlock);
-      const int64_t slot = index / heads.size(), number = index % heads.size(), pair = first_pair + slot;
-      const Sequence s = sequence_of(p, pair / p.heads_kv);
-      const int64_t stride = split.heads_at_once * partials.rows * dim;
-      const float* partial = partials.dq + slot * split.chunks * stride + (number * partials.rows + row) * dim;
+  if (partials.dq) {
+    const int64_t shares = split.shares_of_sums(pairs * heads.size());
+    execution.parallel(pairs * heads.size() * shares, [&](int64_t task, int) {
+      const int64_t pair = first_pair + task / shares / heads.size(), number = task / shares % heads.size();
+      const int64_t batch = pair / p.heads_kv;
       const int64_t head = pair % p.heads_kv * split.group + heads.begin + number;
-      const Rows dq(p.dtype, p.dq, pair / p.heads_kv, s.q_start + row, head);
-      write_transposed(partial, split.chunks, stride, rows_left(row, s.seqlen_q), p.head_dim, scale, dq);
-    });
-  if (partials.dk && pass == split.passes() - 1)
-    execution.parallel(pairs * (partials.keys / kBlock), [&](int64_t task, int) {
-      const int64_t key = task % (partials.keys / kBlock) * kBlock, slot = task / (partials.keys / kBlock);
-      const int64_t pair = first_pair + slot, batch = pair / p.heads_kv, head = pair % p.heads_kv;
       const Sequence s = sequence_of(p, batch);
-      const int64_t at = slot * split.head_splits * partials.keys + key, keys = rows_left(key, s.seqlen_k);
-      write_rows(partials.dk + at * dim, split.head_splits, partials.keys * dim, keys, p.head_dim, scale,
-                 Rows(p.dtype, p.dk, batch, s.k_start + key, head));
-      write_rows(partials.dv + at * dim_v, split.head_splits, partials.keys * dim_v, keys, p.head_dim_v, 1.0f,
-                 Rows(p.dtype, p.dv, batch, s.k_start + key, head));
+      const PairPartials<float> mine(partials, split, first_pair, pair);
+      const int64_t stride = split.heads_at_once * mine.rows * dim;
+      for (int64_t row = task % shares * kBlock; row < s.seqlen_q; row += shares * kBlock)
+        write_transposed(mine.dq + (number * mine.rows + row) * dim, split.chunks, stride, rows_left(row, s.seqlen_q),
+                         p.head_dim, scale, Rows(p.dtype, p.dq, batch, s.q_start + row, head));
     });
+  }
+  if (partials.dk && pass == split.passes() - 1) {
+    const int64_t shares = split.shares_of_sums(pairs);
+    execution.parallel(pairs * shares, [&](int64_t task, int) {
+      const int64_t pair = first_pair + task / shares, batch = pair / p.heads_kv, head = pair % p.heads_kv;
+      const Sequence s = sequence_of(p, batch);
+      const PairPartials<float> mine(partials, split, first_pair, pair);
+      for (int64_t key = task % shares * kBlock; key < s.seqlen_k; key += shares * kBlock) {
+        const int64_t keys = rows_left(key, s.seqlen_k);
+        write_rows(mine.dk + key * dim, split.head_splits, mine.keys * dim, keys, p.head_dim, scale,
+                   Rows(p.dtype, p.dk, batch, s.k_start + key, head));
+        write_rows(mine.dv + key * dim_v, split.head_splits, mine.keys * dim_v, keys, p.head_dim_v, 1.0f,
+                   Rows(p.dtype, p.dv, batch, s.k_start + key, head));
+      }
+    });
+  }
 }
 
 // Everything that the workspace holds, and the cut it belongs to.
@@ -314,18 +301,18 @@ struct Plan {
   BackwardSplit split;
   size_t scratch_bytes, bytes;
   StatsView delta;
-  Partials partials;
+  Partials<float> partials;
   char* scratch;
 
   Plan(const Problem& p, int threads, void* base)
       : longest(p),
-        split(p, longest.q, longest.k, keys_at_once(p), padded_dim(p.head_dim) * sizeof(float),
+        split(p, longest, kBlock, keys_at_once(p), padded_dim(p.head_dim) * sizeof(float),
               (padded_dim(p.head_dim) + padded_dim(p.head_dim_v)) * sizeof(float), threads),
         scratch_bytes(Scratch(p, nullptr).bytes),
-        partials(p, split, longest, nullptr) {
+        partials(split, padded_dim(p.head_dim), padded_dim(p.head_dim_v), nullptr) {
     Arena arena(base);
     delta = take_delta<float>(p, arena);
-    partials = Partials(p, split, longest, arena.take<char>(partials.bytes));
+    partials = Partials<float>(split, partials.ld_qk, partials.ld_v, arena.take<char>(partials.bytes));
     const size_t bias_bytes = BiasGradient<float>::Scratch(p, nullptr).bytes;
     scratch = arena.take<char>(threads * (scratch_bytes > bias_bytes ? scratch_bytes : bias_bytes));
     bytes = arena.used();
@@ -345,17 +332,16 @@ void backward(const BackwardProblem& problem, const Execution& execution) {
   if (p.dsinks) compute_dsinks<float>(p, execution);
   if (p.dbias.data) compute_dbias<float>(p, execution, plan.scratch);
 
-  for (int64_t first = 0; first < split.pairs; first += split.pairs_at_once) {
-    const int64_t last = first + split.pairs_at_once < split.pairs ? first + split.pairs_at_once : split.pairs;
+  for (int64_t first = 0, last; first < split.pairs; first = last) {
+    last = split.round_end(first);
     for (int64_t pass = 0; pass < split.passes(); ++pass) {
       // Chunks outermost: under a causal mask the first chunks are the longest tasks.
       execution.parallel((last - first) * split.tasks_per_pair(), [&](int64_t task, int worker) {
         const Scratch scratch(p, plan.scratch + worker * plan.scratch_bytes);
-        const int64_t slot = task % (last - first), part = task / (last - first);
+        const int64_t pair = first + task % (last - first), part = task / (last - first);
+        const PairPartials<float> partials(plan.partials, split, first, pair);
         const TileUnit tiles;
-        BackwardTask(p, split, plan.partials, scratch, first + slot, slot, pass, part % split.head_splits,
-                     part / split.head_splits)
-            .run();
+        BackwardTask(p, split, partials, scratch, pair, pass, part % split.head_splits, part / split.head_splits).run();
       });
       add_up(p, split, plan.partials, first, last, pass, execution);
     }

@@ -26,7 +26,7 @@ template <class T>
 void compute_delta(const BackwardProblem& p, int64_t longest_q, const Execution& execution) {
   constexpr int64_t kRows = 256;
   constexpr int W = Vec<T>::width;
-  const TileSchedule schedule(p.batch, p.heads, longest_q, kRows);
+  const GridSchedule schedule(p.batch, p.heads, longest_q, kRows, p.cu_seqlens_q, p.total_q);
   execution.parallel(schedule.size(), [&](int64_t task, int) {
     const Tile tile = schedule[task];
     const Sequence s = sequence_of(p, tile.batch);
