@@ -356,8 +356,6 @@ def test_not_finite_inputs(
     flash_attn_ext.attention(*leaves, causal=True).sum().backward()
     if math.isnan(value):
         assert leaves[0].grad[0, 40, 0].isnan().all()
-        if where == "q":
-            assert leaves[2].grad[0, :41, 0].isnan().all()
 
 
 def test_rows_that_see_nothing_have_no_gradient(device: str, dtype: torch.dtype) -> None:

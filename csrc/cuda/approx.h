@@ -18,18 +18,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The smaller one; NaN where x is.
-__device__ __forceinline__ float min_or_nan(float x, float limit) {
-  float y;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
-  return y;
-}
 // A product of which nothing becomes part of a fused multiply-add.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 #else
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1 / x; }
-inline float min_or_nan(float x, float limit) { return x > limit ? limit : x; }
 inline float rounded_product(float a, float b) { return a * b; }
 #endif
 

@@ -135,7 +135,7 @@ class Recompute {
             // needed.
             float& x = prob.at(m, half, n, e);
             const float log2_p = kGeneral ? (x - lse) * cuda::kLog2e : fmaf(x, scale_log2, -lse * cuda::kLog2e);
-            x = cuda::exp2_approx(cuda::min_or_nan(log2_p, 0.0f));
+            x = cuda::exp2_approx(fminf(log2_p, 0.0f));
             if (!drops) finish(m, half, n, e, 1.0f, deltas[m][half]);
           }
       }

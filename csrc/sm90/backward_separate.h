@@ -248,8 +248,7 @@ class GradientComputer {
     }
     scores_.for_each([&](int m, int half, int n, int e) {
       float& x = scores_.at(m, half, n, e);
-      x = cuda::exp2_approx(
-          cuda::min_or_nan(kFromKeys ? x * scale_log2_ : fmaf(x, scale_log2_, -lse_log2_[half]), 0.0f));
+      x = cuda::exp2_approx(fminf(kFromKeys ? x * scale_log2_ : fmaf(x, scale_log2_, -lse_log2_[half]), 0.0f));
     });
     fence_registers(scores_.x[0]);
   }

@@ -42,7 +42,7 @@ class GeneralScores {
     if (is_edge_) cuda::mask_band(prob, band_, row, key_);
     Part::for_each([&](int m, int half, int n, int e) {
       float& x = prob.at(m, half, n, e);
-      x = cuda::exp2_approx(cuda::min_or_nan(fmaf(x, cuda::kLog2e, -lse[m][half]), 0.0f));
+      x = cuda::exp2_approx(fminf(fmaf(x, cuda::kLog2e, -lse[m][half]), 0.0f));
       factor.at(m, half, n, e) *= x;
     });
     if (constants_.drops())

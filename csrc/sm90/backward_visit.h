@@ -24,7 +24,7 @@ __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
   // No probability exceeds 1; beside huge scores, whose rounding is larger than that of lse, the limit is needed.
   scores.for_each([&](int m, int half, int n, int e) {
     float& x = scores.at(m, half, n, e);
-    x = cuda::exp2_approx(cuda::min_or_nan(x * scale_log2, 0.0f));
+    x = cuda::exp2_approx(fminf(x * scale_log2, 0.0f));
   });
 }
 

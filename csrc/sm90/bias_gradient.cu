@@ -291,7 +291,7 @@ class BiasComputer {
       keys_.advance();
     }
     Scores::for_each([&](int m, int half, int n, int e) {
-      const float prob = cuda::exp2_approx(cuda::min_or_nan(prob_.at(m, half, n, e), 0.0f));
+      const float prob = cuda::exp2_approx(fminf(prob_.at(m, half, n, e), 0.0f));
       sum_.at(m, half, n, e) += prob * (dprob_.at(m, half, n, e) - delta[half]);
     });
   }
