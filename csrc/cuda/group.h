@@ -38,19 +38,27 @@ struct Group {
   // Joins the values of all threads of the group; all of them get the result.
   template <class V>
   static __device__ V all_join(V value) {
-    constexpr int kWidth = kThreads < 32 ? kThreads : 32;
+    value = join_lanes<(kThreads < 32 ? kThreads : 32)>(value);
+    if constexpr (kThreads > 32) {
+      constexpr int kWarps = kThreads / 32;
+      static_assert(kWarps <= 32);
+      __shared__ V warps[kWarps];
+      __syncthreads();  // an earlier call's results have been read
+      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+      __syncthreads();
+      value = join_lanes<kWarps>(warps[threadIdx.x % kWarps]);
+    }
+    return value;
+  }
+
+ private:
+  // Of so many neighbouring lanes. In pairs: few roundings follow each other.
+  template <int kWidth, class V>
+  static __device__ V join_lanes(V value) {
     // Groups of one warp may be at different rows: only the threads of this one take part.
     const unsigned mask = kWidth == 32 ? 0xffffffffu : ((1u << kWidth) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
 #pragma unroll
     for (int offset = kWidth / 2; offset > 0; offset /= 2) join(value, shuffle_xor(mask, value, offset));
-    if constexpr (kThreads > 32) {
-      __shared__ V warps[kThreads / 32];
-      __syncthreads();  // an earlier call's results have been read
-      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-      __syncthreads();
-      value = warps[0];
-      for (int i = 1; i < kThreads / 32; ++i) join(value, warps[i]);
-    }
     return value;
   }
 };
