@@ -294,6 +294,7 @@ def _attend(
     that `function` itself found unmet; the call is then tried with what is left, so that the error can list all.
     call: what gets the arguments of the op, and deterministic, instead of the op.
     """
+    wrong: dict[str, str] = {}
     try:
         scale, state, sink_logits = softmax_scale, rng_state, sinks
         q, k, v, bias = autocast(q, k, v, bias)
@@ -327,12 +328,15 @@ def _attend(
         )
     except Exception as error:
         given = locals()
-        if found := constraints_of(error):
+        found = constraints_of(error)
+        if found:
             unmet = [*unmet, *(line for line in refused_gradients(given) if line not in found)]
-        elif (wrong := wrong_kinds(given, _KINDS)) and wrong.keys() <= _LEFT_OUT:
-            options = {name: given[name] for name in (*_KEPT, *_LEFT_OUT - wrong.keys())}
-            return _attend(function, q, k, v, [*unmet, *wrong.values()], **options)
-        raise_input_error(function, error, given, _KINDS, unmet)
+        wrong = {} if found else wrong_kinds(given, _KINDS)
+        if not wrong or not wrong.keys() <= _LEFT_OUT:
+            raise_input_error(function, error, given, _KINDS, unmet)
+    if wrong:  # outside of the handler, so that its error is not shown as the cause of the next
+        options = {name: given[name] for name in (*_KEPT, *_LEFT_OUT - wrong.keys())}
+        return _attend(function, q, k, v, [*unmet, *wrong.values()], **options)
     if unmet:
         refuse(function, unmet)
     return result

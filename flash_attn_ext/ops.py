@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import constraints_of
+from .errors import InputError, constraints_of
 
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libflash_attn_ext.so"
@@ -79,17 +79,25 @@ def _refuse(op: str, lines: Sequence[str], **tensors: Tensor | None) -> None:
     first, expected = next(iter(devices.items()))
     wrong = [f"{n} must be on {first}'s device {expected}, got {d}" for n, d in devices.items() if d != expected]
     if wrong or lines:
-        raise RuntimeError("\n- ".join([f"flash_attn_ext.{op}:", *wrong, *lines]))
+        raise RuntimeError(str(InputError(op, [*wrong, *lines])))
+
+
+_MAX_SEQLENS = slice(3 + len(OPTIONAL_TENSORS), 5 + len(OPTIONAL_TENSORS))
 
 
 def _unmet(*arguments: Any) -> list[str]:
     """What the native checks find in arguments of the op forward, by stand-ins that are no fake tensors.
 
-    Nothing where a size or a number is symbolic, which a comparison would fix: the call itself finds it then.
+    Nothing where a size or a number is symbolic, which a comparison would fix, or in torch.compile: there the call
+    itself finds it, with all that its function found, and its error stays one of ours.
     """
     sizes = [n for x in arguments for n in (x.shape if isinstance(x, Tensor) else (x,))]
     if any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in sizes):
         return []
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return []
+    # max_seqlen may be more than the longest sequence has, which cannot be read here: a bias may cover no more.
+    arguments = (*arguments[: _MAX_SEQLENS.start], None, None, *arguments[_MAX_SEQLENS.stop :])
     with torch._C._DisableTorchDispatch():
         stand_ins = (
             torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x for x in arguments

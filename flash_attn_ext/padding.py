@@ -77,7 +77,8 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
             unmet.append(f"indices must be int64 or int32, got {indices.dtype}")
         if batch < 0 or seqlen < 0:
             unmet.append(f"batch and seqlen must be at least 0, got {batch} and {seqlen}")
-        if batch * seqlen == 0 and indices.numel():  # torch finds no wrong index where there are no rows
+        # torch finds no wrong index where there are no rows
+        if batch * seqlen == 0 and indices.numel() and not indices.is_meta:
             unmet.append(_within(indices, 0))
         if unmet:
             raise InputError("pad_input", unmet)
@@ -121,9 +122,9 @@ def unpad_input_for_concatenated_sequences(
             raise InputError(function, [line])
         seqlen, totals = hidden_states.shape[1], lengths.sum(1, keepdim=True)
         unmet = []
-        if wrong := lengths[lengths < 0].tolist():
-            unmet.append(f"attention_mask_in_length must be at least 0, got {wrong[0]}")
-        if wrong := totals[totals > seqlen].tolist():
+        if wrong := lengths[(lengths < 0) | (lengths > seqlen)].tolist():
+            unmet.append(f"attention_mask_in_length must be between 0 and seqlen {seqlen}, got {wrong[0]}")
+        elif wrong := totals[totals > seqlen].tolist():
             unmet.append(f"the lengths of a row must add up to at most seqlen {seqlen}, got {wrong[0]}")
         if unmet:
             raise InputError(function, unmet)

@@ -357,6 +357,27 @@ def test_attention_of_tensors_without_values(name: str, kind: str) -> None:
     assert_lists(raised.value, "attention", expected)
 
 
+def test_an_argument_of_a_wrong_kind_is_all_that_is_shown() -> None:
+    with pytest.raises(InputError, match="softcap must be a number, got str 'x'") as raised:
+        attention(**dense(softcap="x"))
+    assert raised.value.__context__ is None
+
+
+def test_compiled_calls_have_our_error_alone() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"^flash_attn_ext\.forward: 1 constraint is not met\n- softcap must [^\n]*$"):
+        torch.compile(attention, backend="eager")(**dense(softcap=-1.0))
+
+
+def test_lengths_without_values_have_no_bound() -> None:
+    """A bias covers the longest sequence, however much longer max_seqlen says they may be."""
+    q, cu_seqlens = normal(9, 2, 8), torch.tensor([0, 5, 9], dtype=torch.int32)
+    options = {"bias": normal(1, 1, 5, 5), "max_seqlen_q": 8}
+    expected = attention_varlen(q, q, q, cu_seqlens, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert attention_varlen(q, q, q, cu_seqlens, **options).shape == expected.shape
+
+
 def test_a_call_that_cannot_run_is_not_exported() -> None:
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:
@@ -536,6 +557,7 @@ def test_error_is_a_value_error_and_a_type_error_and_travels() -> None:
         attention(**dense(softcap=-1.0))
     assert isinstance(raised.value, ValueError)
     assert isinstance(raised.value, TypeError)
+    assert raised.value.__suppress_context__  # what torch said of it is not shown as well
     copy = pickle.loads(pickle.dumps(raised.value))
     assert (str(copy), copy.constraints) == (str(raised.value), raised.value.constraints)
 

@@ -89,11 +89,14 @@ OTHERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[str]]] = {
     "lengths too long": (
         CONCATENATED.__name__,
         CONCATENATED,
-        {"hidden_states": normal(2, 5, 4), "attention_mask_in_length": int32(6, 0, 2, -1, 0).expand(2, -1)},
-        [
-            "attention_mask_in_length must be at least 0, got -1",
-            "the lengths of a row must add up to at most seqlen 5, got 7",
-        ],
+        {"hidden_states": normal(2, 5, 4), "attention_mask_in_length": int32(2**30, 2**30, 2, -1, 0).expand(2, -1)},
+        ["attention_mask_in_length must be between 0 and seqlen 5, got 1073741824"],
+    ),
+    "lengths that add up to too much": (
+        CONCATENATED.__name__,
+        CONCATENATED,
+        {"hidden_states": normal(2, 5, 4), "attention_mask_in_length": int32(4, 0, 2, 0, 0).expand(2, -1)},
+        ["the lengths of a row must add up to at most seqlen 5, got 6"],
     ),
     "seqlen": ("pad_input", pad, {"seqlen": 3.0}, ["seqlen must be an integer, got float 3.0"]),
     "no q": (

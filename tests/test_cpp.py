@@ -136,8 +136,8 @@ def test_dropout_errors_and_second_derivatives() -> None:
         in_cpp(q, q[..., :5], q, (None, None), softcap=-1.0)
     with pytest.raises(ValueError, match="window_size"):
         in_cpp(q, q, q, (None, None), window_left=-2)
-    with pytest.raises(RuntimeError, match="alibi_slopes has no gradient"):
-        in_cpp(q, q, q, (None, None), alibi_slopes=torch.ones(4, requires_grad=True))
+    with pytest.raises(ValueError, match=r"\n- window_size must[^\n]*\n- alibi_slopes has no gradient"):
+        in_cpp(q, q, q, (None, None), window_left=-2, alibi_slopes=torch.ones(4, requires_grad=True))
     sinks = normal(4, seed=1).requires_grad_()
     for given, leaf in ((q, q), (q.detach(), sinks)):
         out, lse = in_cpp(given, given, given, (None, None), sinks=sinks)

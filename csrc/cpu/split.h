@@ -28,7 +28,7 @@ FAE_INLINE int64_t first_block(const GridSchedule& blocks, int64_t batch) {
 }
 
 // Where the rows, or keys, of a (batch, KV head) begin among those of all pairs. In whole blocks, of which a packed
-// sequence has at most two more than it needs, however long others are.
+// sequence has at most one more than it needs, however long others are.
 struct PairRows {
   GridSchedule blocks;
   int64_t heads_kv, block_rows;
@@ -65,7 +65,11 @@ struct BackwardSplit {
         dkv_row(dkv_row_) {
     constexpr int64_t kTasks = 16, kMinChunk = 256;
     constexpr int64_t kPartialBytes = int64_t{40} << 20, kPartialBytesPerThread = int64_t{8} << 20;
-    const int64_t dq_bytes = longest.q * dq_row, dkv_bytes = longest.k * dkv_row;
+    // Partial sums of packed sequences have room for all of their rows, used or not.
+    Problem whole = p;
+    if (p.cu_seqlens_q) whole.seqused_q = whole.seqused_k = nullptr;
+    const LongestSequence largest(whole);
+    const int64_t dq_bytes = largest.q * dq_row, dkv_bytes = largest.k * dkv_row;
     const int64_t wanted = pairs > 0 ? ceil_div(kTasks, pairs) : 1;
     heads_at_once = group > 0 ? group : 1;
     head_splits = least(wanted, heads_at_once);

@@ -26,8 +26,8 @@ struct TaskOrder {
   // lie one behind the other, but no more than have their queries, and dQ, in the cache. Packed sequences are ordered
   // as those of a batch where that has no more numbers without a task: then they are all about as long.
   //
-  // Groups of even tasks that fill the slots begin and end in step: a third to a half more heads were measured to be 2
-  // to 4 % faster than as many as fill the slots, or twice as many.
+  // Groups of even tasks that fill the slots exactly begin and end in step: a third to a half more heads go together
+  // (measured for sm90, as docs/kernels.md tells).
   FAE_INLINE GridSchedule schedule(int64_t batch, int64_t longest_q, int64_t longest_k, const int32_t* cu_seqlens_k,
                                    int64_t total_k) const {
     GridSchedule result(batch, heads, longest_k, block_keys, nullptr, 0);
@@ -49,13 +49,12 @@ struct TaskOrder {
 };
 
 template <class T, class Config>
-TaskOrder task_order(const Problem& p, int64_t heads, int64_t sharing, int64_t slots) {
+TaskOrder task_order(int64_t heads, int64_t sharing, int64_t slots) {
   return {.heads = heads,
           .sharing = sharing,
           .block_keys = Config::kKeys,
           .slots = slots,
-          .row_bytes = Config::kDim * static_cast<int64_t>(2 * sizeof(T) + sizeof(float)),
-          .even = !p.uneven()};
+          .row_bytes = Config::kDim * static_cast<int64_t>(2 * sizeof(T) + sizeof(float))};
 }
 
 struct BackwardSpace {

@@ -14,6 +14,15 @@ __device__ RowState<T> shuffle_xor(unsigned mask, RowState<T> x, int offset) {
 }
 
 template <class T>
+__device__ T shuffle_first(unsigned mask, T x, int width) {
+  return __shfl_sync(mask, x, 0, width);
+}
+template <class T>
+__device__ RowState<T> shuffle_first(unsigned mask, RowState<T> x, int width) {
+  return {__shfl_sync(mask, x.m, 0, width), __shfl_sync(mask, x.l, 0, width)};
+}
+
+template <class T>
 __device__ void join(T& sum, T x) {
   sum += x;
 }
@@ -22,11 +31,11 @@ __device__ void join(RowState<T>& state, RowState<T> other) {
   state.join(other);
 }
 
-// Threads that work on one row: a power of two up to a warp, or else a whole block. Sums are joined in an order that
+// Threads that work on one row: a power of two, up to a warp or else a whole block. Sums are joined in an order that
 // depends on the number of threads alone.
 template <int kThreads>
 struct Group {
-  static_assert(kThreads % 32 == 0 || 32 % kThreads == 0);
+  static_assert((kThreads & (kThreads - 1)) == 0 && kThreads <= 1024);
 
   // This thread's number in its group; the group's first row, and the groups in the grid, for a loop over rows.
   static __device__ int lane() { return threadIdx.x % kThreads; }
@@ -41,7 +50,6 @@ struct Group {
     value = join_lanes<(kThreads < 32 ? kThreads : 32)>(value);
     if constexpr (kThreads > 32) {
       constexpr int kWarps = kThreads / 32;
-      static_assert(kWarps <= 32);
       __shared__ V warps[kWarps];
       __syncthreads();  // an earlier call's results have been read
       if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
@@ -59,7 +67,7 @@ struct Group {
     const unsigned mask = kWidth == 32 ? 0xffffffffu : ((1u << kWidth) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
 #pragma unroll
     for (int offset = kWidth / 2; offset > 0; offset /= 2) join(value, shuffle_xor(mask, value, offset));
-    return value;
+    return shuffle_first(mask, value, kWidth);  // whose turn it is to be rescaled differs by lane, and so does rounding
   }
 };
 

@@ -389,8 +389,7 @@ struct BackwardSpace : cuda::BackwardSpace {
 template <class T, class Config, bool kGeneral>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const cuda::TaskOrder order =
-      cuda::task_order<T, Config>(problem, problem.heads_kv, 1, kConcurrentWarps / Config::kWarps);
+  const cuda::TaskOrder order = cuda::task_order<T, Config>(problem.heads_kv, 1, kConcurrentWarps / Config::kWarps);
   const BackwardProblem p = cuda::prepare_backward(problem, space, {}, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
 

@@ -535,9 +535,10 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
       .folded = kTerms != Terms::any,
       .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
   cuda::TaskOrder order;
-  if constexpr (!Config::kSeparate)
-    order =
-        cuda::task_order<T, Config>(problem, problem.heads, problem.heads / problem.heads_kv, cuda::multiprocessors());
+  if constexpr (!Config::kSeparate) {
+    order = cuda::task_order<T, Config>(problem.heads, problem.heads / problem.heads_kv, cuda::multiprocessors());
+    order.even = !problem.uneven();
+  }
   const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
   if constexpr (Config::kSeparate)

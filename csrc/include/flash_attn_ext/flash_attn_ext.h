@@ -19,6 +19,7 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -190,14 +191,16 @@ inline Tensor autocast(const Tensor& x, at::DeviceType device) {
 
 inline AttentionResult attend(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& cu_seqlens_q,
                               const MaybeTensor& cu_seqlens_k, const AttentionOptions& options) {
-  TORCH_CHECK(!(at::GradMode::is_enabled() && options.alibi_slopes && options.alibi_slopes->requires_grad()),
-              "flash_attn_ext: alibi_slopes has no gradient, and must not require one: pass alibi_slopes.detach(); "
-              "slopes that learn can be added to the scores through bias, which has one");
   const auto [left, right] = options.window_size;
-  TORCH_CHECK_VALUE(left >= -1 && right >= -1,
-                    "flash_attn_ext: window_size must be two integers (left, right), each -1 (no limit) or at least 0, "
-                    "got (",
-                    left, ", ", right, ")");
+  std::string unmet;
+  if (left < -1 || right < -1)
+    unmet += c10::str("\n- window_size must be two integers (left, right), each -1 (no limit) or at least 0, got (",
+                      left, ", ", right, ")");
+  if (at::GradMode::is_enabled() && options.alibi_slopes && options.alibi_slopes->requires_grad())
+    unmet +=
+        "\n- alibi_slopes has no gradient, and must not require one: pass alibi_slopes.detach(); slopes that learn can "
+        "be added to the scores through bias, which has one";
+  TORCH_CHECK_VALUE(unmet.empty(), "flash_attn_ext: constraints are not met", unmet);
   const auto limit = [](int64_t side) { return side == -1 ? MaybeInt() : MaybeInt(side); };
   const auto four_dimensional = [](MaybeTensor x) {
     while (x && x->dim() < 4) x = x->unsqueeze(0);
