@@ -365,7 +365,9 @@ def test_an_argument_of_a_wrong_kind_is_all_that_is_shown() -> None:
 
 def test_compiled_calls_have_our_error_alone() -> None:
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match=r"^flash_attn_ext\.forward: 1 constraint is not met\n- softcap must [^\n]*$"):
+    with pytest.raises(
+        RuntimeError, match=r"^flash_attn_ext\.forward: 1 constraint is not met\n- softcap must [^\n]*$"
+    ):
         torch.compile(attention, backend="eager")(**dense(softcap=-1.0))
 
 
