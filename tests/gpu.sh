@@ -35,15 +35,15 @@ sanitize() {
 }
 
 # What is measured has the machine for itself. Everything else shares it, some of it with the compiler of C++ programs,
-# and computes what it expects on a thread of its own: a process for each would otherwise have as many as there are cores.
+# and computes what it expects on one thread: each process would otherwise have as many as there are cores.
 run slow -m "gpu and slow" tests/test_gpu.py
 export OMP_NUM_THREADS=1
 background=()
 timeout 300 python3 -m pytest -q -m "gpu and slow" tests --ignore tests/test_gpu.py > "$out/programs.log" 2>&1 &
 background+=($!)
 
-# With the kernels that dispatch chooses, then with those for every GPU, of which softmax and merge have no others; tools
-# begin beside each, which are slow on the host. More processes take longer: their kernels take turns.
+# With the kernels that dispatch chooses, then with those for every GPU (softmax and merge have no others); tools begin
+# beside each, which are slow on the host. More processes take longer: their kernels take turns.
 processes=$((jobs < 8 ? jobs : 7))
 for tool in memcheck synccheck; do
   sanitize "$tool" &
