@@ -29,9 +29,10 @@ class Explanation:
     kernel: str | None
     """Its forward kernel, with instruction set and tiles."""
     backward_kernel: str | None
-    """Its backward kernel."""
+    """The backward kernel: its own, or the next backend's where it declines the backward."""
     declined: dict[str, tuple[str, ...]]
-    """For every other backend that is loaded, in dispatch order, why it is not the one."""
+    """For every other backend that is loaded, in dispatch order, why it is not the one; and for the one, why it leaves
+    the backward to another."""
 
     def __str__(self) -> str:
         first = (
@@ -135,16 +136,20 @@ def _explained(device: str, *arguments: Any) -> Explanation:
         "dropout_p": dropout_p,
         "deterministic": deterministic,
     }
-    candidates = zip(_C.explain(**facts), _C.explain(**facts, backward=True), strict=True)
-    backend = kernel = backward_kernel = None
-    declined = {}
-    for forward, backward in candidates:
-        if forward["accepted"] and backend is None:
-            backend, kernel, backward_kernel = forward["backend"], forward["kernel"], backward["kernel"]
-        else:
-            why = forward["reasons"] or [f"it would take the call, but {backend} comes first"]
-            declined[forward["backend"]] = tuple(why)
-    return Explanation(backend, kernel, backward_kernel, declined)
+    forwards, backwards = (_C.explain(**facts, backward=backward) for backward in (False, True))
+    taken, backward_taken = (next((x for x in found if x["accepted"]), None) for found in (forwards, backwards))
+    if taken is None:
+        return Explanation(None, None, None, {x["backend"]: tuple(x["reasons"]) for x in forwards})
+
+    def why_not(forward: dict[str, Any], backward: dict[str, Any]) -> list[str]:
+        if forward is taken:
+            return backward["reasons"]
+        what = "takes the backward alone:" if backward is backward_taken else "would take the call, but"
+        return forward["reasons"] or [f"it {what} {taken['backend']} comes first"]
+
+    declined = {x["backend"]: tuple(why) for x, y in zip(forwards, backwards, strict=True) if (why := why_not(x, y))}
+    backward_kernel = backward_taken["kernel"] if backward_taken else None
+    return Explanation(taken["backend"], taken["kernel"], backward_kernel, declined)
 
 
 @contextmanager

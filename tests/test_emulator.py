@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hypothesis import problems
 
-from flash_attn_ext import _C
+from flash_attn_ext import _C, explain
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="built without FAE_EMULATOR=1")
 
@@ -25,7 +25,6 @@ CASES = (
     Case(head_dim=200, batch=1, heads=2, dtype=torch.bfloat16),
     Case(lengths_q=(100, 0, 33, 270), lengths_k=(70, 12, 233, 270), head_dim=160, window_right=0, dtype=torch.bfloat16),
     Case(head_dim=400, batch=1, heads=2),
-    # Long sequences of head dim 64, for the model, beside others.
     Case(lengths_q=(300, 70, 390), lengths_k=(260, 300, 270), head_dim=64, window_right=0, dtype=torch.bfloat16),
     # Warps that wait for others by looking at memory again and again.
     Case(seqlen_q=64, seqlen_k=192, window_right=0, head_dim=64, batch=1, dtype=torch.bfloat16),
@@ -161,3 +160,18 @@ def test_drawn_problem(case: Case, backend: str) -> None:
 def test_hopper_primitives() -> None:
     """Tensor copies, barriers and products of a warpgroup put every number where the loops of the check expect it."""
     assert ctypes.CDLL(str(EMULATOR)).fae_check_sm90_primitives() == 0
+
+
+@pytest.mark.parametrize(("heads", "instruction"), [(1046531, "wgmma"), (1046532, "mma.sync")])
+def test_more_blocks_of_keys_than_hopper_numbers_go_to_the_other_kernels(heads: int, instruction: str) -> None:
+    """1026 numbers for each head of 65536 keys, and fewer than 2^30 of them; explain names each direction's kernel."""
+    q, k = (torch.empty(1, rows, heads, 64, dtype=torch.bfloat16, device="meta") for rows in (8, 65536))
+    _C.set_backends(EMULATED["sm90_emulated"])
+    try:
+        found = explain(q, k, k)
+    finally:
+        _C.set_backends([])
+    assert found.backend == "sm90_emulated"
+    assert f"on {instruction}," in str(found.backward_kernel)
+    reasons = ("its backward takes fewer than 2^30 blocks of 64 keys",)
+    assert found.declined.get("sm90_emulated") == (None if instruction == "wgmma" else reasons)
