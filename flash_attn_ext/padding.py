@@ -124,7 +124,7 @@ def unpad_input_for_concatenated_sequences(
         unmet = []
         if wrong := lengths[(lengths < 0) | (lengths > seqlen)].tolist():
             unmet.append(f"attention_mask_in_length must be between 0 and seqlen {seqlen}, got {wrong[0]}")
-        elif wrong := totals[totals > seqlen].tolist():
+        elif wrong := totals[totals > seqlen].tolist():  # sums of others may be beyond 64 bits
             unmet.append(f"the lengths of a row must add up to at most seqlen {seqlen}, got {wrong[0]}")
         if unmet:
             raise InputError(function, unmet)

@@ -115,6 +115,29 @@ def test_no_memory_of_the_longest_history_for_every_sequence(dtype: str) -> None
     assert used <= BUDGET, f"{used / MIB:.0f} MiB"
 
 
+UNUSED_ROWS = """
+import torch, flash_attn_ext
+
+def address_space():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak"))
+
+rows, keys = 2_000_000, 4096
+q, k = (torch.zeros(n, 1, 16, requires_grad=True) for n in (rows, keys))
+starts_q, starts_k, used = (torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [0, keys], [64]))
+out = flash_attn_ext.attention_varlen(q, k, k, starts_q, starts_k, seqused_q=used)
+dout, before = torch.zeros_like(out), address_space()
+out.backward(dout)
+print(address_space() - before)
+"""
+
+
+@has_peaks
+def test_room_for_partial_sums_counts_rows_that_are_not_used() -> None:
+    """The gradient of the queries, 122 MiB, and a partial sum of it; one for each of 16 chunks was 2.1 GiB."""
+    assert int(run(UNUSED_ROWS)) <= 512 * MIB
+
+
 # Every block from the allocator, not only torch's tensors, starts as bytes 0xff: NaN in every float type.
 POISON = """
 #include <stddef.h>
