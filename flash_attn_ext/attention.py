@@ -73,8 +73,8 @@ def attention(
         alibi_slopes: (heads,) or (batch, heads) float32: ALiBi (arXiv 2108.12409). No gradient: refused if they
             require one.
         sinks: (heads,) logits that take part in the softmax without a value, and have a gradient.
-        dropout_p: probability, 0 to 1, with which elements of the softmax are dropped (the rest is scaled by
-            1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.
+        dropout_p: probability, 0 to 1, with which elements of the softmax are dropped: the nearest multiple of 2^-15
+            (the rest is scaled by 1 / (1 - dropout_p)). Random numbers come from torch's generator of q's device.
         seqused_q, seqused_k: (batch,) int32: how many rows and keys of each sequence are in use; the diagonal follows
             them. Rows beyond give out 0 and lse -inf.
         deterministic: the gradients are the same, bit for bit, from run to run. So they are with False: no
