@@ -29,7 +29,7 @@ class Explanation:
     kernel: str | None
     """Its forward kernel, with instruction set and tiles."""
     backward_kernel: str | None
-    """The backward kernel: its own, or the next backend's where it declines the backward."""
+    """Its backward kernel, or that of the next backend where it declines the backward."""
     declined: dict[str, tuple[str, ...]]
     """For every other backend that is loaded, in dispatch order, why it is not the one; and for the one, why it leaves
     the backward to another."""
