@@ -59,7 +59,7 @@ TaskOrder task_order(int64_t heads, int64_t sharing, int64_t slots) {
 
 struct BackwardSpace {
   int64_t query_blocks, heads;  // per head; heads, of all sequences where tensors are not packed
-  StatsView delta;
+  StatsView delta;              // null: only statistics have it (cuda/delta.h)
   int* counters;  // the ticket (64 bits), then the visitors that are done with each query block, then others
   int64_t counter_count;
   int32_t *cu_seqlens_q, *cu_seqlens_k;
@@ -70,14 +70,14 @@ struct BackwardSpace {
   // partial_floats: of the dQ of one query block. other_counters: that begin at zero, too. With a null `base`, only
   // `bytes` means anything.
   BackwardSpace(const BackwardProblem& p, void* base, int block_rows, int block_keys, int64_t partial_floats,
-                int64_t other_counters = 0)
+                int64_t other_counters = 0, bool keeps_delta = true)
       : base_(base) {
     const bool packed = p.cu_seqlens_q != nullptr;
     const PackedBlocks blocks(p.cu_seqlens_q, p.batch, p.total_q, block_rows);
     query_blocks = packed ? blocks.size() : ceil_div(p.max_seqlen_q, int64_t{block_rows});
     heads = packed ? p.heads : p.batch * p.heads;
     const int64_t rows = packed ? p.total_q : p.max_seqlen_q;
-    delta.data = take<float>(heads * rows);
+    if (keeps_delta) delta.data = take<float>(heads * rows);
     delta.stride_batch = packed ? 0 : p.heads * rows;
     delta.stride_head = rows;
     counter_count = 2 + heads * query_blocks + other_counters;

@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     const float lse = *stats_ptr<float>(p.lse, batch, row, head);
     // A row that sees nothing has no gradient, whatever comes through its lse: -inf in what follows easily makes NaN.
     if (p.dlse.data) sum = lse == minus_infinity<float>() ? 0.0f : sum - *stats_ptr<float>(p.dlse, batch, row, head);
-    *stats_ptr<float>(p.delta, batch, row, head) = sum;
+    if (p.delta.data) *stats_ptr<float>(p.delta, batch, row, head) = sum;
     if (a.statistics.rows) {
-      a.statistics.rows[stats_ptr<float>(p.delta, batch, row, head) - static_cast<float*>(p.delta.data)] =
+      a.statistics.rows[batch * p.delta.stride_batch + head * p.delta.stride_head + row] =
           a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
                               : as_floats(lse, sum);
     }

@@ -16,7 +16,7 @@ struct RowStatistics {
 };
 
 // What runs before a backward kernel, in one launch; returns the problem for that kernel, in terms of `space`:
-// - delta = rowsum(dout * out) - dlse, for all rows.
+// - delta = rowsum(dout * out) - dlse, for all rows; it is kept where `space` has a place for it.
 // - `statistics.rows`, where not null, gets 16 bytes a row, [head, row] as delta.
 // - The counters become zero.
 // - cu_seqlens, where given, are copied as what every reader can rely on: they begin at 0 or later, never decrease, and

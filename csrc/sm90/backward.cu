@@ -487,7 +487,7 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
                        const Execution& execution) {
   using Memory = BackwardMemory<T, Config>;
   const bool direct_dbias = space.writes_dbias(p);
-  if (p.dbias.data && !direct_dbias) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
+  if (space.sums_dbias(p)) bias_gradient<FAE_HEAD_DIM>(p, space.bias_gradient, execution.stream);
 
   const cuda::Tasks tasks(p, order, space);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;

@@ -18,11 +18,11 @@ struct BackwardSpace : cuda::BackwardSpace {
 
   BackwardSpace(const BackwardProblem& p, void* base)
       : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kSeparate ? 0 : Config::kRows * Config::kDim,
-                            key_counters(p)) {
+                            key_counters(p), Config::kSeparate || p.dsinks || sums_dbias(p)) {
     statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
     key_blocks = key_blocks_of(p);
     dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
-    const size_t bias_bytes = p.dbias.data && !writes_dbias(p) ? bias_gradient_workspace<Config::kDim>(p) : 0;
+    const size_t bias_bytes = sums_dbias(p) ? bias_gradient_workspace<Config::kDim>(p) : 0;
     bias_gradient = take<char>(static_cast<int64_t>(bias_bytes));
   }
 
@@ -30,6 +30,8 @@ struct BackwardSpace : cuda::BackwardSpace {
   static bool writes_dbias(const BackwardProblem& p) {
     return p.dbias.data && !sm80::broadcasts(p, p.dbias) && p.softcap == 0;
   }
+  // Otherwise a kernel of its own does, which reads delta, as that for the gradients of sinks does.
+  static bool sums_dbias(const BackwardProblem& p) { return p.dbias.data && !writes_dbias(p); }
   static PackedBlocks packed_key_blocks(const BackwardProblem& p) {
     return PackedBlocks(p.cu_seqlens_k, p.batch, p.total_k, Config::kKeys);
   }
