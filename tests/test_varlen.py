@@ -64,6 +64,12 @@ def test_used_lengths_dense(device: str, dtype: torch.dtype, options: dict) -> N
     check(case.but(**options), device)
 
 
+@pytest.mark.parametrize("options", [{"window_right": 0}, {"alibi": "h", "window_left": 100}], ids=["causal", "alibi"])
+def test_used_lengths_of_several_blocks(device: str, dtype: torch.dtype, options: dict) -> None:
+    case = Case(batch=3, seqlen_q=210, seqlen_k=330, used_q=(210, 3, 81), used_k=(330, 200, 90), head_dim=128)
+    check(case.but(dtype=dtype, **options), device)
+
+
 def packed(device: str, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     starts = torch.tensor([sum(lengths[:b]) for b in range(len(lengths) + 1)], dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(5)
@@ -85,16 +91,18 @@ def test_length_hints_change_nothing(device: str, max_q: int | None, max_k: int 
     assert torch.equal(got, expected)
 
 
-def test_sequences_do_not_see_each_other(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_sequences_do_not_see_each_other(device: str, dtype: torch.dtype, head_dim: int) -> None:
     """Another sequence full of infinities changes no bit of its neighbours."""
-    case = Case(lengths_q=(20, 33, 15), lengths_k=(20, 33, 15), dtype=dtype, window_right=0)
+    lengths = (20, 133, 95)
+    case = Case(lengths_q=lengths, lengths_k=lengths, head_dim=head_dim, dtype=dtype, window_right=0)
     inputs = case.make(device)
     expected = case.run_ours(inputs)
-    for name in ("q", "k", "v"):
-        inputs[name][20:53] = math.inf
+    for name in ("q", "k", "v", "dout"):
+        inputs[name][20:153] = math.inf
     got = case.run_ours(inputs)
     for name in ("out", "dq", "dk", "dv"):
-        for rows in (slice(0, 20), slice(53, 68)):
+        for rows in (slice(0, 20), slice(153, 248)):
             assert torch.equal(got[name][rows], expected[name][rows]), name
 
 

@@ -401,7 +401,8 @@ class BackwardComputer {
               transpose_matrix(sm80::pack(dq.x[0][n + i][2 * half] * scale, dq.x[0][n + i][2 * half + 1] * scale, T{}));
         const uint4 chunk = sm80::quad_transpose(words);
         const int number = n + lane % 4, row = 8 * number + lane / 4, col = dq_col() + warp_row_ + 8 * half;
-        if (number < NQ && begin + row < keys.band.seqlen_q && col < static_cast<int>(p_.head_dim))
+        if (number < NQ && static_cast<unsigned>(begin + row) < static_cast<unsigned>(keys.band.seqlen_q) &&
+            col < static_cast<int>(p_.head_dim))
           *reinterpret_cast<uint4*>(rows + row * p_.dq.stride_row + col) = chunk;
       }
   }

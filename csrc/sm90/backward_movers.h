@@ -62,8 +62,8 @@ class BackwardLoader {
     const int key = block * Config::kKeys;
     const cuda::DeviceBand band = band_of<int>(p_, s);
     const auto rows = band.rows_any(key, min(key + Config::kKeys, band.seqlen_k));
-    const int first_block = rows.begin / Config::kRows;
-    const int blocks = rows.empty() ? 0 : ceil_div(rows.end, Config::kRows) - first_block;
+    const int before = Config::rows_before(band.seqlen_q), first_block = (rows.begin + before) / Config::kRows;
+    const int blocks = rows.empty() ? 0 : ceil_div(rows.end + before, Config::kRows) - first_block;
     // Where no query sees the keys, whatever its head, one task writes the zeros.
     const int first_head = static_cast<int>(tile.head), rank = first_head % group;
     const int heads = blocks == 0 || s.seqlen_q <= Config::kFewRows ? group : 1;
@@ -90,8 +90,8 @@ class BackwardLoader {
         // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
         // each follows its predecessor at a distance.
         const int query_block = first_block + (last_first ? i : blocks - 1 - i);
-        const int row = query_block * Config::kRows, row_end = min(row + Config::kRows, band.seqlen_q);
-        const auto visible = band.any(row, row_end), every = band.every(row, row_end);
+        const int row = query_block * Config::kRows - before, row_end = min(row + Config::kRows, band.seqlen_q);
+        const auto visible = band.any(max(row, 0), row_end), every = band.every(max(row, 0), row_end);
         const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
         const int visit = last_first ? first + visits - 1 - block : block - first;
         Step step{row, head, slot0 + query_block, visit << Step::kRank};
@@ -142,7 +142,7 @@ class BackwardLoader {
     wait(memory_.keys_tail_full(), keys_tail_parity_);
     keys_tail_parity_ ^= 1;
     for (int piece = 0; piece < Config::kKeyPieces; ++piece)
-      clear_rows(place(piece), min(max(valid - piece * kWarpgroupRows, 0), kWarpgroupRows));
+      clear_rows(place(piece), max(valid - piece * kWarpgroupRows, 0), kWarpgroupRows);
     fence_async_proxy();
     __syncwarp();
     if (first_) arrive(full);
@@ -158,8 +158,9 @@ class BackwardLoader {
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
     const int row = keys.q_start + step.row_begin;
-    const int batch = p_.cu_seqlens_q ? 0 : keys.batch, valid = keys.band.seqlen_q - step.row_begin;
-    const bool tail = valid < Config::kRows && (p_.cu_seqlens_q || p_.seqused_q);
+    const int batch = p_.cu_seqlens_q ? 0 : keys.batch;
+    const int begin = max(-step.row_begin, 0), end = min(keys.band.seqlen_q - step.row_begin, Config::kRows);
+    const bool tail = (begin > 0 || end < Config::kRows) && (p_.cu_seqlens_q || p_.seqused_q);
     const uint32_t q_barrier = tail ? memory_.rows_tail_full() : memory_.q_full(q_stage);
     const uint32_t dout_barrier = tail ? memory_.rows_tail_full() : memory_.dout_full(stage);
     wait_q_empty();
@@ -185,9 +186,13 @@ class BackwardLoader {
     if (tail) {
       wait(memory_.rows_tail_full(), rows_tail_parity_);
       rows_tail_parity_ ^= 1;
-      clear_rows(memory_.q(q_stage), valid);
-      clear_rows(memory_.dout(stage), valid);
-      clear_statistics(memory_.statistics(q_stage), valid, Config::kRows);
+      const auto clear = [&](int first, int last) {
+        clear_rows(memory_.q(q_stage), first, last);
+        clear_rows(memory_.dout(stage), first, last);
+        clear_statistics(memory_.statistics(q_stage), first, last);
+      };
+      clear(0, begin);
+      clear(end, Config::kRows);
       fence_async_proxy();
       __syncwarp();
       if (first_) {

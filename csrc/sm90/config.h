@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "../core/problem.h"
+#include "../core/schedule.h"
 #include "../cuda/device.h"
 #include "../cuda/terms.h"
 
@@ -128,6 +128,12 @@ struct BackwardBlock {
   // D 64, 1024 rows 310, 267; 4096 rows 368, 413; D 128, 512 rows 215, 197; 1024 rows
   // 304, 310; D 256, 512 rows (4 heads) 203, 183; 1024 rows 239, 242.
   static constexpr int kFewRows = kDim == 64 ? 1024 : 512;
+
+  // By how many rows the first query block of a sequence begins before it. Where blocks of keys do not end with query
+  // blocks, those end with the sequence: its last rows, which under a causal mask all keys see, fill their block.
+  FAE_INLINE static int rows_before(int seqlen_q) {
+    return kKeys % kRows == 0 ? 0 : ceil_div(seqlen_q, kRows) * kRows - seqlen_q;
+  }
 
   static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
   static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);

@@ -218,7 +218,7 @@ class Loader {
     if (tail) {
       wait(memory_.tail_full(), tail_parity_);
       tail_parity_ ^= 1;
-      clear_rows(tile, valid);
+      clear_rows(tile, valid, Tile::kRows);
       if constexpr (kWithStatistics) clear_statistics(memory_.statistics(ring.stage()), valid, Config::kKeys);
       fence_async_proxy();
       __syncwarp();

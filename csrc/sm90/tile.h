@@ -80,7 +80,7 @@ __device__ __forceinline__ void start_folded(Accumulator<1, N>& s, uint32_t sele
   commit_products();
 }
 
-// Zeros in the statistics of rows from `begin` on, by one warp.
+// Zeros in the statistics of rows [begin, end), by one warp.
 __device__ inline void clear_statistics(uint32_t statistics, int begin, int end) {
   for (int i = begin + lane_index(); i < end; i += cuda::kWarpThreads)
     sm80::store_shared_16_bytes(statistics + 16 * i, uint4{0, 0, 0, 0});
@@ -152,12 +152,12 @@ __device__ void load_tile(const Tile& tile, const TensorMap& map, int row, int h
     load_box(tile.address(0, block * 64), map, block * 64, row, head, batch, barrier);
 }
 
-// Zeros in the rows from `begin` on, by one warp.
+// Zeros in the rows [begin, end), by one warp.
 template <class Tile>
-__device__ void clear_rows(const Tile& tile, int begin) {
+__device__ void clear_rows(const Tile& tile, int begin, int end) {
   constexpr int kChunks = Tile::kBlocks * 8;
 #pragma unroll 1
-  for (int i = begin * kChunks + lane_index(); i < Tile::kRows * kChunks; i += cuda::kWarpThreads)
+  for (int i = begin * kChunks + lane_index(); i < end * kChunks; i += cuda::kWarpThreads)
     sm80::store_shared_16_bytes(tile.address(i / kChunks, i % kChunks * 8), uint4{0, 0, 0, 0});
 }
 
