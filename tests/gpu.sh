@@ -18,13 +18,14 @@ run() {  # LOG [pytest's arguments]
   timeout 300 python3 -m pytest -q "$@" > "$log" 2>&1 || status=1
   tail -n 25 "$log"
 }
-# Attention, softmax and merge: all features of one dtype, all head dims of two. For racecheck, which takes twice the
-# time of the others, head dims alone. Two tools see the attention kernels for every GPU only: initcheck takes what the
-# tensor memory accelerator has stored for uninitialised, and racecheck does not follow an order in which the arrival of
-# one lane at a barrier stands for its warp.
+# Softmax and merge of one dtype, and of attention all features of one dtype and all head dims of two. Two tools take
+# several times as long for a test: initcheck has the head dims, racecheck a few of them. These see the attention
+# kernels for every GPU only: initcheck takes what the tensor memory accelerator has stored for uninitialised, and
+# racecheck does not follow an order in which the arrival of one lane at a barrier stands for its warp.
 sanitize() {
   local tests="cuda-bf16 and (test_feature or test_head_dim) or cuda-fp32 and test_head_dim" backends=""
-  [ "$1" = racecheck ] && tests="test_head_dim and (cuda-bf16 or cuda-fp32-64)"
+  [ "$1" = initcheck ] && tests="test_head_dim and (cuda-bf16 or cuda-fp32-64)"
+  [ "$1" = racecheck ] && tests="test_head_dim and (cuda-bf16-64 or cuda-bf16-128 or cuda-bf16-256 or cuda-fp32-64)"
   [[ $1 = racecheck || $1 = initcheck ]] && backends=sm80,cpu
   FAE_BACKENDS=$backends timeout 300 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 \
     python3 -m pytest -q -p no:xdist tests/test_attention.py tests/test_softmax_merge.py -k "$tests or cuda-dtype1" \
