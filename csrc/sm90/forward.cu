@@ -160,12 +160,12 @@ class Computer {
     return !mine.empty() && mine.end == memory_.read_blocks(tile_ + 1, Config::kWarpgroups).end;
   }
   // Whether it is one of the tile's blocks, and follows its maximum: where not every row sees all of it, and up to 128
-  // keys from the end. Of up to 512 keys, where a largest P that is not 1 makes the error 5 % larger, up to 256.
+  // keys from the end. Of up to 512 keys, where a largest P that is not 1 makes the error 5 % larger, two blocks.
   __device__ __forceinline__ bool follows_maximum(int block) const {
     const KeyBlocks<int> mine = my_blocks();
     if (block < mine.begin) return false;
-    const int keys = mine.end - mine.begin <= 512 / Config::kKeys ? 256 : 128;
-    if (!kKeeps || !mine.is_full(block) || mine.end - block <= keys / Config::kKeys) return true;
+    const int at_end = mine.end - mine.begin <= 512 / Config::kKeys ? 2 : 128 / Config::kKeys;
+    if (!kKeeps || !mine.is_full(block) || mine.end - block <= at_end) return true;
     if constexpr (kTerms == Terms::alibi) {  // on the way to the diagonal, scores grow: their maximum does not last
       const Work tile = work();
       return (block + 1) * Config::kKeys > row_begin(tile) + tile.band.seqlen_k - tile.band.seqlen_q;
