@@ -160,20 +160,20 @@ class BackwardLoader {
     const int row = keys.q_start + step.row_begin;
     const int batch = p_.cu_seqlens_q ? 0 : keys.batch;
     const int begin = max(-step.row_begin, 0), end = min(keys.band.seqlen_q - step.row_begin, Config::kRows);
-    const bool tail = (begin > 0 || end < Config::kRows) && (p_.cu_seqlens_q || p_.seqused_q);
-    const uint32_t q_barrier = tail ? memory_.rows_tail_full() : memory_.q_full(q_stage);
-    const uint32_t dout_barrier = tail ? memory_.rows_tail_full() : memory_.dout_full(stage);
+    const bool clears = (begin > 0 || end < Config::kRows) && (p_.cu_seqlens_q || p_.seqused_q);
+    const uint32_t q_barrier = clears ? memory_.rows_tail_full() : memory_.q_full(q_stage);
+    const uint32_t dout_barrier = clears ? memory_.rows_tail_full() : memory_.dout_full(stage);
     wait_q_empty();
     if (first_) {
       write_struct(memory_.step(step_), step);
       constexpr int kBytes = Memory::Q::kBytes + Memory::kStatisticsBytes;
-      arrive_expecting(q_barrier, tail ? kBytes + Memory::kDoutBytes : kBytes);
+      arrive_expecting(q_barrier, clears ? kBytes + Memory::kDoutBytes : kBytes);
       load_box(memory_.statistics(q_stage), call_.statistics, 0, row, step.head, batch, q_barrier);
       load_tile(memory_.q(q_stage), call_.q, row, step.head, batch, q_barrier);
     }
     wait(memory_.dout_empty(stage), Buffers::parity(step_) ^ 1);
     if (first_) {
-      if (!tail) arrive_expecting(dout_barrier, Memory::kDoutBytes);
+      if (!clears) arrive_expecting(dout_barrier, Memory::kDoutBytes);
       load_tile(memory_.dout(stage), call_.dout, row, step.head, batch, dout_barrier);
       if constexpr (Memory::kHasOverlay)
         load_overlay_tile(memory_.overlay(stage), call_.overlay, overlay_of<Config::kOverlay>(p_), step.row_begin,
@@ -183,7 +183,7 @@ class BackwardLoader {
       if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
       load_v(keys);
     }
-    if (tail) {
+    if (clears) {
       wait(memory_.rows_tail_full(), rows_tail_parity_);
       rows_tail_parity_ ^= 1;
       const auto clear = [&](int first, int last) {
