@@ -360,6 +360,7 @@ void init_barrier(uint32_t address, int count) {
   block->barriers[offset_of(address)] = {.count = count, .missing = count};
 }
 
+void expect_at_barrier(uint32_t address, int bytes) { barrier_at(address).missing_bytes += bytes; }
 void arrive_at_barrier(uint32_t address, int expected_bytes) {
   Barrier& barrier = barrier_at(address);
   if (barrier.missing == 0) fail("one arrival too many at the mbarrier at " + std::to_string(offset_of(address)));

@@ -88,6 +88,7 @@ void arrive_in_block(uint32_t barrier);
 
 // mbarrier: its phase ends when `count` threads have arrived and all bytes that are expected have come.
 void init_barrier(uint32_t address, int count);
+void expect_at_barrier(uint32_t address, int bytes);
 void arrive_at_barrier(uint32_t address, int expected_bytes);
 void wait_for_barrier(uint32_t address, int parity);
 

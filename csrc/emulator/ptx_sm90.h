@@ -14,6 +14,7 @@ inline void arrive(uint32_t barrier) { emulator::arrive_at_barrier(barrier, 0); 
 inline void arrive_if(uint32_t barrier, bool condition) {
   if (condition) emulator::arrive_at_barrier(barrier, 0);
 }
+inline void expect(uint32_t barrier, int bytes) { emulator::expect_at_barrier(barrier, bytes); }
 inline void arrive_expecting(uint32_t barrier, int bytes) { emulator::arrive_at_barrier(barrier, bytes); }
 inline void arrive_expecting_if(uint32_t barrier, int bytes, bool condition) {
   if (condition) emulator::arrive_at_barrier(barrier, bytes);

@@ -115,14 +115,16 @@ class BackwardComputer {
     // Loads and barriers wait behind what is added to dQ: all that the next scores need is looked at before.
     if constexpr (!kLast) wait_for_q(step_ + 1);
     if constexpr (!kFirst) {
-      wait_for_dq<1>(step_ - 1);
+      wait_for_dq(step_ - 1);
       finish_dq(step_ - 1);
     }
     if constexpr (kLast) {
       wait_products<0>();
       finish_gradients(step_);
       start_dq(step_);
-      wait_for_dq<0>(step_);
+      wait_products<0>();
+      release(memory_.keys_empty());  // the next K and V come while dQ waits for its turn, and dK and dV leave
+      wait_for_turn(memory_, step_);
       finish_dq(step_);
       ++step_;
     } else {
@@ -366,12 +368,11 @@ class BackwardComputer {
     commit_products();
   }
 
-  // Until it is computed, all but kLeft products are done, and it is its turn. Beside ALiBi there is no register for
-  // looking at the turn before.
-  template <int kLeft>
+  // Until it is computed, all but the products started last are done, and it is its turn. Beside ALiBi there is no
+  // register for looking at the turn before.
   __device__ __forceinline__ void wait_for_dq(unsigned number) const {
     if constexpr (kTerms != Terms::alibi) wait_for_turn(memory_, number);
-    wait_products<kLeft>();
+    wait_products<1>();
     if constexpr (kTerms == Terms::alibi) wait_for_turn(memory_, number);
   }
 
@@ -411,8 +412,7 @@ class BackwardComputer {
 
   __device__ __forceinline__ void finish() {
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    release(memory_.k_empty());
-    if (keys.steps > 0) release(memory_.v_empty());
+    release(memory_.key_block_empty());
     const int begin = keys.key_begin + warpgroup_ * kWarpgroupRows + warp_row_, rows = keys.band.seqlen_k - begin;
     const int dk_piece = 2 * warpgroup_ * ND, dv_piece = dk_piece + ND;
     const auto leave_both = [&](float* partial) {

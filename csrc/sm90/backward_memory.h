@@ -109,11 +109,11 @@ struct BackwardMemory {
     return base + kSteps + StepBuffers::stage(number) * static_cast<int>(sizeof(Step));
   }
 
-  // K and V of a key block are there; are no longer needed.
+  // The key block and its K, and its V, are there; the key block is, and K and V are, no longer needed.
   __device__ uint32_t k_full() const { return barrier(0); }
-  __device__ uint32_t k_empty() const { return barrier(1); }
-  __device__ uint32_t v_full() const { return barrier(2); }
-  __device__ uint32_t v_empty() const { return barrier(3); }
+  __device__ uint32_t v_full() const { return barrier(1); }
+  __device__ uint32_t key_block_empty() const { return barrier(2); }
+  __device__ uint32_t keys_empty() const { return barrier(3); }
   // Keys, and the tiles of a step, have arrived of which rows must be cleared.
   __device__ uint32_t keys_tail_full() const { return barrier(4); }
   __device__ uint32_t rows_tail_full() const { return barrier(5); }
@@ -134,8 +134,8 @@ struct BackwardMemory {
   __device__ void init_barriers() const {
     constexpr int kWarps = 4 * Config::kWarpgroups, kStores = kStoresDbias ? 1 : 0;
     for (const uint32_t one : {k_full(), v_full(), keys_tail_full(), rows_tail_full()}) init_barrier(one, 1);
-    init_barrier(k_empty(), kWarps + kStores);
-    init_barrier(v_empty(), kWarps);
+    init_barrier(key_block_empty(), kWarps + kStores);
+    init_barrier(keys_empty(), kWarps);
     for (int stage = 0; stage < Config::kStagesQ; ++stage) {
       init_barrier(q_full(stage), 1);
       init_barrier(q_empty(stage), kWarps + 2 + kStores);

@@ -79,7 +79,7 @@ class BackwardLoader {
     keys.slot = block + first_slot(call_.key_blocks, batch, keys.head_kv, static_cast<int>(p_.heads_kv),
                                    call_.key_blocks_per_head);
     keys.flags = rank << KeyBlock::kRank | (rank + heads == group ? KeyBlock::kLastHead : 0);
-    if (Config::kWide || keys.steps == 0) publish(keys);
+    if (keys.steps == 0) publish(keys);
 
 #pragma unroll 1
     for (int head = first_head; head < first_head + heads; ++head) {
@@ -114,47 +114,53 @@ class BackwardLoader {
     wait(memory_.q_empty(QueryBuffers::stage(step_)), QueryBuffers::parity(step_) ^ 1);
   }
 
-  // Tells those that compute about a key block, with K where any rows see it.
+  // Tells those that compute about a key block, with K and V where any rows see it. The places of K and V become free
+  // before the key block's does: while the last dQ, dK and dV leave.
   __device__ void publish(const KeyBlock& keys) {
-    wait(memory_.k_empty(), block_ % 2 ^ 1);
-    if (first_) write_struct(memory_.key_block(), keys);
-    if (keys.batch < 0 || keys.steps == 0) {
-      if (first_) arrive(memory_.k_full());
-    } else {
-      load_keys(keys, call_.k, memory_.k_full(), [&](int piece) { return memory_.k(piece); });
-    }
+    const bool visible = keys.batch >= 0 && keys.steps > 0;
+    if (visible) load_keys(keys);
+    wait(memory_.key_block_empty(), block_ % 2 ^ 1);
     ++block_;
+    if (first_) write_struct(memory_.key_block(), keys);
+    if (visible) clear_keys(keys);
+    if (first_) arrive(memory_.k_full());
+    if (first_ && visible) arrive(memory_.v_full());
   }
 
-  // K or V. Where the tensor goes on after the sequence, what lies there may be NaN.
-  template <class F>
-  __device__ void load_keys(const KeyBlock& keys, const TensorMap& map, uint32_t full, F&& place) {
-    const int valid = keys.band.seqlen_k - keys.key_begin;
-    const bool tail = valid < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
-    const uint32_t barrier = tail ? memory_.keys_tail_full() : full;
-    if (first_) {
-      arrive_expecting(barrier, Memory::kKeysBytes);
+  // Where tensors go on after the sequence, what lies there may be NaN.
+  __device__ bool clears(const KeyBlock& keys) const {
+    return keys.band.seqlen_k - keys.key_begin < Config::kKeys && (p_.cu_seqlens_k || p_.seqused_k);
+  }
+  __device__ void load_keys(const KeyBlock& keys) {
+    wait(memory_.keys_empty(), keys_parity_ ^ 1);
+    keys_parity_ ^= 1;
+    if (!first_) return;
+    const auto load = [&](const TensorMap& map, uint32_t full, auto&& place) {
+      const uint32_t barrier = clears(keys) ? memory_.keys_tail_full() : full;
+      expect(barrier, Memory::kKeysBytes);
       for (int piece = 0; piece < Config::kKeyPieces; ++piece)
         load_tile(place(piece), map, keys.k_start + keys.key_begin + piece * kWarpgroupRows, keys.head_kv,
                   p_.cu_seqlens_k ? 0 : keys.batch, barrier);
-    }
-    if (!tail) return;
+    };
+    load(call_.k, memory_.k_full(), [&](int piece) { return memory_.k(piece); });
+    load(call_.v, memory_.v_full(), [&](int piece) { return memory_.v(piece); });
+  }
+  __device__ void clear_keys(const KeyBlock& keys) {
+    if (!clears(keys)) return;
+    if (first_) arrive(memory_.keys_tail_full());
     wait(memory_.keys_tail_full(), keys_tail_parity_);
     keys_tail_parity_ ^= 1;
-    for (int piece = 0; piece < Config::kKeyPieces; ++piece)
-      clear_rows(place(piece), max(valid - piece * kWarpgroupRows, 0), kWarpgroupRows);
+    for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
+      const int first = max(keys.band.seqlen_k - keys.key_begin - piece * kWarpgroupRows, 0);
+      clear_rows(memory_.k(piece), first, kWarpgroupRows);
+      clear_rows(memory_.v(piece), first, kWarpgroupRows);
+    }
     fence_async_proxy();
     __syncwarp();
-    if (first_) arrive(full);
-  }
-  __device__ void load_v(const KeyBlock& keys) {
-    wait(memory_.v_empty(), v_block_ % 2 ^ 1);
-    load_keys(keys, call_.v, memory_.v_full(), [&](int piece) { return memory_.v(piece); });
-    ++v_block_;
   }
 
-  // Q, dO, the statistics and the overlay of a step, and behind the first step's Q and dO a block's V, and its K unless
-  // that has been loaded before.
+  // Q, dO, the statistics and the overlay of a step, and behind the first step's, which need not wait for the places of
+  // those, K and V.
   __device__ void load_rows(const KeyBlock& keys, const Step& step, bool with_keys) {
     const int q_stage = QueryBuffers::stage(step_), stage = Buffers::stage(step_);
     const int row = keys.q_start + step.row_begin;
@@ -179,10 +185,7 @@ class BackwardLoader {
         load_overlay_tile(memory_.overlay(stage), call_.overlay, overlay_of<Config::kOverlay>(p_), step.row_begin,
                           keys.key_begin, step.head, keys.batch, dout_barrier);
     }
-    if (with_keys) {
-      if (!Config::kWide) publish(keys);  // K has one place, which becomes free late: Q need not wait for that
-      load_v(keys);
-    }
+    if (with_keys) publish(keys);
     if (clears) {
       wait(memory_.rows_tail_full(), rows_tail_parity_);
       rows_tail_parity_ ^= 1;
@@ -207,8 +210,8 @@ class BackwardLoader {
   const BackwardProblem& p_;
   const Memory memory_;
   const bool first_;  // the lane that talks to the accelerator
-  unsigned step_ = 0, block_ = 0, v_block_ = 0;
-  uint32_t keys_tail_parity_ = 0, rows_tail_parity_ = 0;
+  unsigned step_ = 0, block_ = 0;
+  uint32_t keys_parity_ = 0, keys_tail_parity_ = 0, rows_tail_parity_ = 0;
 };
 
 // Where dS is the gradient of the bias, stores it as it lies in shared memory for dQ. One thread. What follows a
@@ -237,7 +240,7 @@ __device__ void store_dbias(const BackwardCall& call, const BackwardMemory<T, Co
       arrive(memory.ds_empty(stage));
       arrive(memory.q_empty(Memory::QueryBuffers::stage(number)));
     }
-    arrive(memory.k_empty());
+    arrive(memory.key_block_empty());
   }
   wait_stores<0>();
 }

@@ -71,6 +71,7 @@ class WideBackwardComputer {
     if constexpr (!kLast) start_dprob(step_ + 1);
     if constexpr (!kLast) finish_scores(step_ + 1);  // now that there are registers for it
     wait_products<kLast ? 0 : 1>();
+    if constexpr (kLast) release(memory_.keys_empty());
     finish_dq(more, warpgroup_ * NQ + kFirstCols / 8, more_col());
     release(memory_.added(step_));
     if constexpr (!kLast) {
@@ -190,8 +191,7 @@ class WideBackwardComputer {
 
   __device__ __forceinline__ void finish() {
     const KeyBlock keys = read_struct<KeyBlock>(memory_.key_block());
-    release(memory_.k_empty());
-    if (keys.steps > 0) release(memory_.v_empty());
+    release(memory_.key_block_empty());
     const int begin = keys.key_begin + warp_row_;
     const int piece = warpgroup_ * ND;
     const auto leave_it = [&](float* partial) { leave(partial, piece, gradient_, keys.rank()); };
