@@ -14,6 +14,7 @@ from test_hypothesis import problems
 
 import flash_attn_ext
 from flash_attn_ext import attention
+from flash_attn_ext.demo.memory import PeakMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -196,6 +197,19 @@ def test_overlapping_kernels_begin_after_and_end_before_others(rows: int) -> Non
             for t in (q, k, v):
                 t.fill_(math.nan)
         assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen", [1024, 4096])
+def test_memory_is_sums_of_dq_and_two_floats_a_row(seqlen: int, head_dim: int) -> None:
+    q, k, v = random_qkv(1, seqlen, 16, head_dim)
+    dout = torch.randn_like(q)
+    step(q, k, v, dout)
+    with PeakMemory("cuda") as peak:
+        results = step(q, k, v, dout)
+    rows = seqlen * 16
+    counters = rows / 4  # of the visits to blocks of 16 rows or more, by 4 bytes, and what the allocator rounds up
+    assert peak.bytes - sum(x.nbytes for x in results) <= rows * (4 * head_dim + 8) + counters
 
 
 def test_compiled_with_dynamic_shapes() -> None:

@@ -67,7 +67,7 @@ struct BackwardSpace {
   float* dq_partial;  // of every query block, unless one block has all keys: then dQ never leaves registers unfinished
   size_t bytes = 0;
 
-  // partial_floats: of the dQ of one query block. other_counters: that begin at zero, too. With a null `base`, only
+  // partial_floats: of the dQ of block_rows rows. other_counters: that begin at zero, too. With a null `base`, only
   // `bytes` means anything.
   BackwardSpace(const BackwardProblem& p, void* base, int block_rows, int block_keys, int64_t partial_floats,
                 int64_t other_counters = 0, bool keeps_delta = true)

@@ -125,10 +125,12 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     // A row that sees nothing has no gradient, whatever comes through its lse: -inf in what follows easily makes NaN.
     if (p.dlse.data) sum = lse == minus_infinity<float>() ? 0.0f : sum - *stats_ptr<float>(p.dlse, batch, row, head);
     if (p.delta.data) *stats_ptr<float>(p.delta, batch, row, head) = sum;
-    if (a.statistics.rows) {
-      a.statistics.rows[batch * p.delta.stride_batch + head * p.delta.stride_head + row] =
-          a.statistics.folded ? fold(lse, sum * a.statistics.delta_weight, static_cast<float>(p.softmax_scale))
-                              : as_floats(lse, sum);
+    const RowStatistics& statistics = a.statistics;
+    if (statistics.rows.data) {
+      uint4* const group = row_ptr<uint4>(statistics.rows, batch, row >> statistics.group_bits, head);
+      group[row & ((1 << statistics.group_bits) - 1)] =
+          statistics.folded ? fold(lse, sum * statistics.delta_weight, static_cast<float>(p.softmax_scale))
+                            : as_floats(lse, sum);
     }
   }
 }

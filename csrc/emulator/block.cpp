@@ -188,8 +188,8 @@ template <class F>
 void for_each_chunk(const BoxCopy& copy, F&& f) {
   const TensorMap& map = copy.map;
   const int row_bytes = map.box_cols * map.element_size;
-  const uint32_t swizzle = row_bytes == 128 ? 7 : row_bytes == 64 ? 3 : 0;
-  if (copy.shared_offset % 128 != 0 || row_bytes > 128) fail("a box that the swizzle does not fit");
+  const uint32_t swizzle = !map.swizzled ? 0 : row_bytes == 128 ? 7 : row_bytes == 64 ? 3 : 0;
+  if (copy.shared_offset % 128 != 0 || (map.swizzled && row_bytes > 128)) fail("a box that the swizzle does not fit");
   for (int row = 0; row < map.box_rows; ++row)
     for (int byte = 0; byte < row_bytes; byte += 16) {
       const int64_t position[4] = {copy.position[0] + byte / map.element_size, int64_t{copy.position[1]} + row,

@@ -97,14 +97,15 @@ struct TensorMap {
   char* data = nullptr;
   int64_t extents[4] = {}, strides[4] = {};  // in elements and in bytes
   int element_size = 0, box_cols = 0, box_rows = 0;
+  bool swizzled = true;
 };
 struct BoxCopy {
   TensorMap map;  // its own: the thread that starts the copy may be gone when that happens
   int position[4];
   uint32_t shared_offset;
 };
-// To shared memory (rows of 128 bytes with the swizzle, shorter ones as they are; zeros where the tensor ends), counted
-// by a barrier; and back to the tensor, in groups of the thread that starts it.
+// To shared memory (rows of 128 or 64 bytes with the swizzle where the map has it, others as they are; zeros where the
+// tensor ends), counted by a barrier; and back to the tensor, in groups of the thread that starts it.
 void load_box_later(const BoxCopy& copy, uint32_t barrier);
 void store_box_later(const BoxCopy& copy);
 void close_store_group();

@@ -149,12 +149,12 @@ size_t backward_workspace(const BackwardProblem& p, int) {
 }
 
 void backward(const BackwardProblem& p, const Execution& execution) {
-  cuda::clear_other_gradients(p, execution);
   const WithCopies with(p, execution.workspace);
   with.copy_inputs(p, execution);
   if (p.hides_scores()) with.copy_gradient(with.p, p, execution);  // zeros
   with_kernels(p, [&](auto type, auto dim) { sm90::backward<type(), dim()>(with.p, with.rest(execution)); });
   with.copy_gradient(p, with.p, execution);
+  cuda::clear_other_gradients(p, execution);  // behind the kernels, which use the place of dq (backward_space.h)
 }
 
 }  // namespace

@@ -380,7 +380,10 @@ class BackwardComputer {
     fence_registers(dq().x[0]);
     release(memory_.ds_empty(Buffers::stage(number)));
     const Step step = read_struct<Step>(memory_.step(number));
-    visit_dq<Config>(call_, dq(), step, warpgroup_ * NQ, [&](const QueryGradient& sum) { write_dq(sum, step); });
+    // The warpgroups' pieces of the same rows lie side by side.
+    constexpr int kStep = Config::kSharesDim ? Config::kWarpgroups : 1;
+    visit_dq<Config, kStep>(call_, dq(), step, warpgroup_ * (Config::kSharesDim ? 1 : NQ),
+                            [&](const QueryGradient& sum) { write_dq(sum, step); });
     release(memory_.added(number));
   }
 
@@ -493,13 +496,12 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
   const cuda::Tasks tasks(p, order, space);
   const int64_t rows_q = p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, batch_q = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
-  const TensorView statistics{space.statistics, 8 * p.delta.stride_batch, 8, 8 * p.delta.stride_head};
   const auto map = [&](const TensorView& view, int64_t cols, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
     return make_tensor_map(p.dtype, view, {cols, rows, heads, batch}, box_rows);
   };
   BackwardCall call{p,
                     tasks,
-                    PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kRows),
+                    PackedBlocks(p.cu_seqlens_q, p.batch, p.total_q, Config::kPlaceRows),
                     space.packed_key_blocks(p),
                     static_cast<int>(space.query_blocks),
                     static_cast<int>(space.key_blocks),
@@ -514,9 +516,10 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
                     map(p.k, p.head_dim, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
                     map(p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, kWarpgroupRows),
                     map(p.dout, p.head_dim_v, rows_q, p.heads, batch_q, Config::kRows),
-                    make_tensor_map(DType::bfloat16, statistics, {8, rows_q, p.heads, batch_q}, Config::kRows, 8),
+                    space.statistics_map(p, Config::kRows),
                     {},
-                    {}};
+                    {},
+                    space.statistics.group_bits};
   if constexpr (Memory::kHasOverlay)
     call.overlay = make_tensor_map<typename Memory::Overlay>(p.dtype, overlay_of<Config::kOverlay>(p));
   if constexpr (Memory::kStoresDbias)
@@ -531,16 +534,15 @@ template <class T, Terms kTerms>
 void run_backward(const BackwardProblem& problem, const Execution& execution) {
   using Config = BackwardConfig<FAE_HEAD_DIM, kTerms>;
   const BackwardSpace<Config> space(problem, execution.workspace);
-  const cuda::RowStatistics row_statistics{
-      .rows = space.statistics,
-      .folded = kTerms != Terms::any,
-      .delta_weight = kTerms == Terms::dropout ? static_cast<float>(1 - problem.dropout_p) : 1.0f};
+  cuda::RowStatistics statistics = space.statistics;
+  statistics.folded = kTerms != Terms::any;
+  if (kTerms == Terms::dropout) statistics.delta_weight = static_cast<float>(1 - problem.dropout_p);
   cuda::TaskOrder order;
   if constexpr (!Config::kSeparate) {
     order = cuda::task_order<T, Config>(problem.heads, problem.heads / problem.heads_kv, cuda::multiprocessors());
     order.even = !problem.uneven();
   }
-  const BackwardProblem p = cuda::prepare_backward(problem, space, row_statistics, order, execution);
+  const BackwardProblem p = cuda::prepare_backward(problem, space, statistics, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);
   if constexpr (Config::kSeparate)
     run_separate_kernels<T, FAE_HEAD_DIM>(p, space, execution);

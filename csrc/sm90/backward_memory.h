@@ -15,11 +15,11 @@ namespace fae::sm90 {
 struct BackwardCall {
   BackwardProblem p;
   cuda::Tasks tasks;                      // (batch, query head or first of those that share keys, block of keys)
-  PackedBlocks query_blocks, key_blocks;  // packed tensors
-  int query_blocks_per_head, key_blocks_per_head;
+  PackedBlocks query_places, key_blocks;  // packed tensors; places: of sums of dQ (Config::kPlaceRows)
+  int query_places_per_head, key_blocks_per_head;
   unsigned long long* ticket;  // of tasks taken
-  int* turns;                  // [head or batch x head][query block]: visitors that are done
-  float* dq_partial;           // the same, by a block's sums in the order of the threads that hold them
+  int* turns;                  // [head or batch x head][a query block's last place]: visitors that are done
+  float* dq_partial;           // [head or batch x head][place]: sums, in the order of the threads that hold them
   int* key_turns;              // [KV head or batch x KV head][key block][warp]: query heads that are done
   float* dkv_partial;          // the same by block, as dq_partial
   cuda::ScoreConstants constants;
@@ -27,6 +27,7 @@ struct BackwardCall {
   TensorMap q, k, v, dout;
   TensorMap statistics;      // cuda/delta.h, RowStatistics
   TensorMap overlay, dbias;  // dbias: where direct_dbias
+  int statistics_group_bits;
 };
 
 // A task, a block of keys for one query head or all that share them, on its way from the loading warp to those that
@@ -46,7 +47,7 @@ struct alignas(16) KeyBlock {
 // A query block that meets the keys, and this visit's place among those to the query block's dQ.
 struct alignas(16) Step {
   int row_begin = 0, head = 0;
-  int slot = 0;   // of the query block; -1: there are no more
+  int slot = 0;   // the last one of the query block's places; -1: there are no more
   int flags = 0;  // and the visit's number from kRank on
 
   // kEdge << piece: some row does not see all of these 64 keys.

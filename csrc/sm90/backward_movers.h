@@ -83,8 +83,10 @@ class BackwardLoader {
 
 #pragma unroll 1
     for (int head = first_head; head < first_head + heads; ++head) {
+      // Of the first query block.
       const int slot0 =
-          first_slot(call_.query_blocks, batch, head, static_cast<int>(p_.heads), call_.query_blocks_per_head);
+          (Config::kRows - 1 - before) / Config::kPlaceRows +
+          first_slot(call_.query_places, batch, head, static_cast<int>(p_.heads), call_.query_places_per_head);
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i) {
         // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
@@ -94,7 +96,7 @@ class BackwardLoader {
         const auto visible = band.any(max(row, 0), row_end), every = band.every(max(row, 0), row_end);
         const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
         const int visit = last_first ? first + visits - 1 - block : block - first;
-        Step step{row, head, slot0 + query_block, visit << Step::kRank};
+        Step step{row, head, slot0 + query_block * (Config::kRows / Config::kPlaceRows), visit << Step::kRank};
         if (visit == visits - 1) step.flags |= Step::kLastVisit;
         for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
           const int begin = key + piece * kWarpgroupRows;
@@ -174,7 +176,8 @@ class BackwardLoader {
       write_struct(memory_.step(step_), step);
       constexpr int kBytes = Memory::Q::kBytes + Memory::kStatisticsBytes;
       arrive_expecting(q_barrier, clears ? kBytes + Memory::kDoutBytes : kBytes);
-      load_box(memory_.statistics(q_stage), call_.statistics, 0, row, step.head, batch, q_barrier);
+      load_box(memory_.statistics(q_stage), call_.statistics, 0, row >> call_.statistics_group_bits, step.head, batch,
+               q_barrier);
       load_tile(memory_.q(q_stage), call_.q, row, step.head, batch, q_barrier);
     }
     wait(memory_.dout_empty(stage), Buffers::parity(step_) ^ 1);

@@ -418,7 +418,6 @@ void run_separate_kernels(const BackwardProblem& p, const Space& space, const Ex
   const auto of_keys = [&](const TensorView& view, int64_t cols, int rows) {
     return make_tensor_map(p.dtype, view, {cols, p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, p.heads_kv, batch}, rows);
   };
-  const TensorView statistics{space.statistics, 8 * p.delta.stride_batch, 8, 8 * p.delta.stride_head};
   const float scale = static_cast<float>(p.softmax_scale);
   constexpr int kBlock = QueryConfig::kKeys;
   int* const counters = space.others();
@@ -431,8 +430,7 @@ void run_separate_kernels(const BackwardProblem& p, const Space& space, const Ex
   launch_gradients<T, QueryConfig>("sm90 dQ", {{dq}}, execution);
 
   GradientCall dv = gradient_call<T, KeyConfig>(seen_from_keys(p), counters + 1);
-  dv.statistics = make_tensor_map(DType::bfloat16, statistics,
-                                  {8, p.cu_seqlens_q ? p.total_q : p.max_seqlen_q, p.heads, batch}, kBlock, 8);
+  dv.statistics = space.statistics_map(p, kBlock);
   dv.turns = counters + kGradientKernels, dv.partial = space.dkv_partial;
   GradientCall dk = dv;
   dv.q = of_keys(p.k, p.head_dim, kWarpgroupRows);

@@ -4,6 +4,7 @@
 #include "../sm80/kernels.h"
 #include "backward_separate.h"
 #include "kernels.h"
+#include "tensor_map.h"
 
 // The workspace of a backward: what cuda/backward_space.h says and what the kernels here need beside it.
 
@@ -11,15 +12,21 @@ namespace fae::sm90 {
 
 template <class Config>
 struct BackwardSpace : cuda::BackwardSpace {
-  uint4* statistics;
+  cuda::RowStatistics statistics;
   int64_t key_blocks;  // per head
   float* dkv_partial;  // of every key block that several tasks add to; separate kernels: dK of all, then dV of all
   void* bias_gradient;
 
   BackwardSpace(const BackwardProblem& p, void* base)
-      : cuda::BackwardSpace(p, base, Config::kRows, Config::kKeys, Config::kSeparate ? 0 : Config::kRows * Config::kDim,
-                            key_counters(p), Config::kSeparate || p.dsinks || sums_dbias(p)) {
-    statistics = take<uint4>(heads * (p.cu_seqlens_q ? p.total_q : p.max_seqlen_q));
+      : cuda::BackwardSpace(p, base, Config::kPlaceRows, Config::kKeys,
+                            Config::kSeparate ? 0 : Config::kPlaceRows * Config::kDim, key_counters(p),
+                            Config::kSeparate || p.dsinks || sums_dbias(p)) {
+    if (keeps_statistics_in_dq(p)) {
+      statistics.rows = {p.dq.data, p.dq.stride_batch / 8, p.dq.stride_row / 8 * kGroup, p.dq.stride_head / 8};
+      statistics.group_bits = kGroupBits;
+    } else {
+      statistics.rows = {take<uint4>(heads * rows_of(p)), delta.stride_batch, 1, delta.stride_head};
+    }
     key_blocks = key_blocks_of(p);
     dkv_partial = take<float>(shared_key_blocks(p) * 2 * Config::kKeys * Config::kDim);
     const size_t bias_bytes = sums_dbias(p) ? bias_gradient_workspace<Config::kDim>(p) : 0;
@@ -42,7 +49,29 @@ struct BackwardSpace : cuda::BackwardSpace {
     return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
   }
 
+  // For copies of the statistics of so many rows, which begin a group; a copy's row is the group's number.
+  TensorMap statistics_map(const BackwardProblem& p, int box_rows) const {
+    const int group = 1 << statistics.group_bits;
+    const TensorView& rows = statistics.rows;
+    return make_tensor_map(DType::bfloat16,
+                           {rows.data, 8 * rows.stride_batch, 8 * rows.stride_row, 8 * rows.stride_head},
+                           {8 * group, ceil_div(rows_of(p), int64_t{group}), p.heads, p.cu_seqlens_q ? 1 : p.batch},
+                           box_rows / group, 8 * group, 2, BoxLayout::plain);
+  }
+
  private:
+  // Until dQ of a query block is written, which nobody does before all have read its statistics, they lie in its place,
+  // side by side in some of its rows: those of the 16 bytes of a group in the group's first row. Blocks, and tensors,
+  // have to consist of whole groups.
+  static constexpr int kGroup = Config::kDim / 8, kGroupBits = kGroup == 8 ? 3 : 4;
+  static bool keeps_statistics_in_dq(const BackwardProblem& p) {
+    if constexpr (Config::kSeparate || Config::kRows % kGroup != 0 || kGroup != 1 << kGroupBits)
+      return false;
+    else
+      return p.head_dim == Config::kDim && !p.cu_seqlens_q && !p.seqused_q && p.max_seqlen_q % kGroup == 0 &&
+             readable(p.dq, p.max_seqlen_q, p.heads, p.batch);
+  }
+  static int64_t rows_of(const BackwardProblem& p) { return p.cu_seqlens_q ? p.total_q : p.max_seqlen_q; }
   static int64_t key_blocks_of(const BackwardProblem& p) {
     return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
   }

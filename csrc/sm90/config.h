@@ -135,6 +135,10 @@ struct BackwardBlock {
     return kKeys % kRows == 0 ? 0 : ceil_div(seqlen_q, kRows) * kRows - seqlen_q;
   }
 
+  // The rows of a place for sums of dQ. A block that begins before its sequence has places for rows of that alone.
+  static constexpr int kPlaceRows = kKeys % kRows == 0 ? kRows : 16;
+  static_assert(kRows % kPlaceRows == 0);
+
   static constexpr int kMoverRegisters = 24, kComputeRegisters = 240;
   static_assert(kMoverRegisters + kWarpgroups * kComputeRegisters <= 3 * 168);
 };

@@ -13,11 +13,13 @@ namespace fae::sm90 {
 
 constexpr int kBoxCols = 64;  // 128 bytes of 16-bit elements: one line of the swizzle
 
-// [batch, head, row, col], of which a copy moves box_rows rows of box_cols columns: 128 or 64 bytes with the swizzle of
-// as many, fewer as they are. A dimension of size 1 may have any stride, which the accelerator need not understand.
+// [batch, head, row, col], of which a copy moves box_rows rows of box_cols columns. A dimension of size 1 may have any
+// stride, which the accelerator need not understand.
 struct TensorExtents {
   int64_t cols, rows, heads, batch;
 };
+// How rows of a box lie in shared memory: those of 128 or 64 bytes with the swizzle of as many; or as they are.
+enum class BoxLayout { swizzled, plain };
 
 #if defined(__CUDACC__)
 
@@ -40,7 +42,8 @@ inline CUtensorMapDataType element_type(DType dtype, int element_size) {
 }
 
 inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const TensorExtents& extents, int box_rows,
-                                 int box_cols = kBoxCols, int element_size = 2) {
+                                 int box_cols = kBoxCols, int element_size = 2,
+                                 BoxLayout layout = BoxLayout::swizzled) {
   const auto bytes = [&](int64_t extent, int64_t stride) {
     return static_cast<cuuint64_t>(extent == 1 ? 16 : element_size * stride);
   };
@@ -50,13 +53,13 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
                                 bytes(extents.batch, view.stride_batch)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  const int row_bytes = box_cols * element_size;
+  const int swizzle_bytes = layout == BoxLayout::swizzled ? box_cols * element_size : 0;
   TensorMap map;
   const CUresult result = tensor_map_encoder()(&map, element_type(dtype, element_size), 4, view.data, dims, strides,
                                                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                               row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                               : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                                 : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                               swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                               : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                     : CU_TENSOR_MAP_SWIZZLE_NONE,
                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn_ext: cuTensorMapEncodeTiled failed with error " + std::to_string(result));
@@ -66,14 +69,16 @@ inline TensorMap make_tensor_map(DType dtype, const TensorView& view, const Tens
 #else
 
 inline TensorMap make_tensor_map(DType, const TensorView& view, const TensorExtents& extents, int box_rows,
-                                 int box_cols = kBoxCols, int element_size = 2) {
+                                 int box_cols = kBoxCols, int element_size = 2,
+                                 BoxLayout layout = BoxLayout::swizzled) {
   return {
       static_cast<char*>(view.data),
       {extents.cols, extents.rows, extents.heads, extents.batch},
       {element_size, element_size * view.stride_row, element_size * view.stride_head, element_size * view.stride_batch},
       element_size,
       box_cols,
-      box_rows};
+      box_rows,
+      layout == BoxLayout::swizzled};
 }
 
 #endif
