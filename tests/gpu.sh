@@ -45,17 +45,17 @@ background+=($!)
 
 # With the kernels that dispatch chooses, then with those for every GPU (softmax and merge have no others); tools begin
 # beside each, which are slow on the host. More processes take longer: their kernels take turns.
-processes=$((jobs < 8 ? jobs : 7))
+parallel=(-n $((jobs < 8 ? jobs : 7)) --dist worksteal)
 for tool in memcheck synccheck; do
   sanitize "$tool" &
   background+=($!)
 done
-run tests -m "gpu and not slow" -n "$processes" tests
+run tests -m "gpu and not slow" "${parallel[@]}" tests
 for tool in initcheck racecheck; do
   sanitize "$tool" &
   background+=($!)
 done
-FAE_BACKENDS=sm80,cpu run tests-sm80 -m "gpu and not slow" -n "$processes" tests --ignore tests/test_softmax_merge.py
+FAE_BACKENDS=sm80,cpu run tests-sm80 -m "gpu and not slow" "${parallel[@]}" tests --ignore tests/test_softmax_merge.py
 for process in "${background[@]}"; do
   wait "$process" || status=1
 done
