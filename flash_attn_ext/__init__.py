@@ -3,6 +3,9 @@
 Layout (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim) for the varlen functions.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from . import flops  # noqa: F401  (registers FLOP counts)
 from .attention import attention, attention_varlen, merge, softmax
 from .errors import InputError
@@ -42,3 +45,10 @@ __all__ = [
     "softmax",
     "unpad_input",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules that are imported when they are first named, since others do without them."""
+    if name in ("integrations", "shim"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -274,3 +274,10 @@ def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path: P
     for page in (ROOT / "docs").glob("*.md"):
         for image in re.findall(r'<img [^>]*src="([^"]+)"', (tmp_path / f"site/{page.stem}.html").read_text()):
             assert (tmp_path / "site" / image).exists(), image
+
+
+def test_names_in_the_readme_need_no_further_import() -> None:
+    names = sorted(set(re.findall(r"`(flash_attn_ext(?:\.\w+)+)\(", (ROOT / "README.md").read_text())))
+    assert len(names) >= 5
+    # An interpreter of its own: others have imported what the names are in.
+    subprocess.run([sys.executable, "-c", f"import flash_attn_ext; {'; '.join(names)}"], check=True, cwd=ROOT)

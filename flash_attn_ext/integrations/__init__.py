@@ -1,9 +1,11 @@
-"""Our attention inside other packages. Nothing is imported or changed here: each module is asked for by name."""
+"""Our attention inside other packages. Nothing is changed on import, and a module imported when it is first named."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 from ..counts import Stats
 
@@ -48,3 +50,9 @@ def status() -> Status:
         if module is not None and (what := module.active()):
             found[name] = Active(what, module.stats() if hasattr(module, "stats") else None)
     return Status(found)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if f"integrations.{name}" in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
