@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .autograd import Attention, Merge, Softmax, refused_gradients, run
-from .errors import InputError, as_integer, constraints_of, raise_input_error, refuse, wrong_kinds
+from .errors import (
+    InputError,
+    as_integer,
+    constraints_of,
+    raise_input_error,
+    refuse,
+    shown,
+    wrong_flags,
+    wrong_kinds,
+)
 from .ops import stats_dtype
 
 # (left, right) as the ops have it: row i sees keys i + shift - left <= j <= i + shift + right, None: no limit.
@@ -91,6 +100,7 @@ def attention(
         InputError: a ValueError and TypeError that lists every unmet constraint.
     """
     window, unmet = window_of(causal, window_size)
+    unmet += wrong_flags(deterministic=deterministic, return_lse=return_lse)
     out, lse = attend(
         "attention",
         q,
@@ -158,8 +168,10 @@ def attention_varlen(
         InputError: a ValueError and TypeError that lists every unmet constraint.
     """
     window, unmet = window_of(causal, window_size)
-    if cu_seqlens_q is None:
-        raise InputError("attention_varlen", [*unmet, "cu_seqlens_q must be a torch.Tensor, got None"])
+    unmet += wrong_flags(deterministic=deterministic, return_lse=return_lse)
+    if not isinstance(cu_seqlens_q, Tensor):
+        unmet.append(f"cu_seqlens_q must be a torch.Tensor, got {shown(cu_seqlens_q)}")
+        raise InputError("attention_varlen", unmet)
     out, lse = attend(
         "attention_varlen",
         q,
@@ -226,14 +238,17 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def window_of(causal: bool, window_size: tuple[int, int]) -> tuple[Window, list[str]]:
-    """The window of the ops from the public convention, and the constraints that window_size does not meet."""
+    """The window of the ops from the public convention, and the constraints that the two do not meet."""
+    unmet = wrong_flags(causal=causal)
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
     left, right = map(as_integer, window_size) if is_pair else (None, None)
     if left is None or right is None or left < -1 or right < -1:
         line = f"window_size must be two integers (left, right), each -1 (no limit) or at least 0, got {window_size!r}"
-        return (None, None), [line]
+        return (None, None), [*unmet, line]
     if left >= 2**63 or right >= 2**63:
-        return (None, None), [f"window_size must be below 2**63, got {window_size!r}"]
+        return (None, None), [*unmet, f"window_size must be below 2**63, got {window_size!r}"]
+    if unmet:
+        return (None, None), unmet
     return (None if left == -1 else left, 0 if causal else None if right == -1 else right), []
 
 

@@ -41,11 +41,18 @@ def as_integer(x: Any) -> int | None:
         return None
 
 
+def _is_flag(x: object) -> bool:
+    if isinstance(x, (bool, torch.SymBool)):
+        return True
+    return type(x).__name__ in ("bool", "bool_") or as_integer(x) in (0, 1)  # numpy's names
+
+
 # What an argument may be, by the word that tables of arguments use for it; "?" after the word allows None too.
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "tensor": ("a torch.Tensor", _is_dense),
     "number": ("a number", is_number),
     "integer": ("an integer", _is_integer),
+    "flag": ("True or False", _is_flag),
 }
 
 
@@ -117,6 +124,13 @@ def wrong_kinds(arguments: Mapping[str, object], kinds: Mapping[str, str]) -> di
         if not is_kind(value) and not (optional and value is None):
             lines[name] = f"{name} must be {words}{' or None' if optional else ''}, got {shown(value)}"
     return lines
+
+
+def wrong_flags(**flags: object) -> list[str]:
+    """The constraints that those do not meet which are neither True nor False."""
+    if all(type(x) is bool for x in flags.values()):  # of nearly every call; small ones feel the rest
+        return []
+    return list(wrong_kinds(flags, dict.fromkeys(flags, "flag")).values())
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _C
 from .attention import attend, lengths_of, window_of
-from .errors import InputError
+from .errors import InputError, shown
 from .ops import OPTIONAL_TENSORS, ops
 
 # Of these optional tensors it only counts whether they are given.
@@ -63,13 +63,13 @@ def explain(
     seqused_k: Tensor | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Explanation:
     """Which backend and kernel the same call of `attention` (with cu_seqlens_q: `attention_varlen`) takes, and why the
     others decline. Nothing is computed; the tensors may be meta tensors. What is not listed is as in those functions.
 
     Args:
-        device: "cpu" or "cuda"; None: q's, and the CPU for a meta tensor.
+        device: the CPU or a CUDA device; None: q's, and the CPU for a meta tensor.
 
     Returns:
         An `Explanation`.
@@ -80,8 +80,9 @@ def explain(
     window, unmet = window_of(causal, window_size)
     is_tensor = isinstance(q, Tensor)
     if device is None:
-        device = q.device.type if is_tensor and q.device.type != "meta" else "cpu"
-    if device not in ("cpu", "cuda"):
+        device = q.device if is_tensor and q.device.type != "meta" else "cpu"
+    kind = _device_type(device)
+    if kind not in ("cpu", "cuda"):
         unmet.append(f"device must be 'cpu' or 'cuda', got {device!r}")
     found: Explanation = attend(
         "explain",
@@ -103,7 +104,7 @@ def explain(
         # Stands for the state that the call would draw from torch's generator.
         rng_state=torch.empty(2, dtype=torch.int64, device=q.device) if is_tensor else None,
         deterministic=deterministic,
-        call=partial(_explained, device),
+        call=partial(_explained, kind),
     )
     return found
 
@@ -170,7 +171,16 @@ def backends(*names: str) -> Iterator[None]:
         _C.set_backends(before)
 
 
+def _device_type(device: Any) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        return "unknown"
+
+
 def _set_backends(names: Sequence[str]) -> None:
+    if wrong := [shown(name) for name in names if not isinstance(name, str)]:
+        raise InputError("backends", [f"a name must be a str, got {kind}" for kind in wrong])
     try:
         _C.set_backends(list(names))
     except ValueError as error:

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, pad
 
 from .attention import attend, lengths_of, window_of
-from .errors import InputError, raise_input_error
+from .errors import InputError, raise_input_error, refuse, wrong_kinds
 
+_OPTIONS = {
+    "softmax_scale": "number?",
+    **dict.fromkeys(("softcap", "dropout_p"), "number"),
+    **dict.fromkeys(("alibi_slopes", "sinks"), "tensor?"),
+    "deterministic": "flag",
+}
 _KINDS = {
     **dict.fromkeys(("query", "key", "value"), "tensor"),
     **dict.fromkeys(("key_padding_mask", "attn_mask"), "tensor?"),
@@ -29,6 +35,9 @@ class FlashAttention(nn.Module):
         alibi_slopes: (heads,) or (batch, heads) float32, kept as a buffer that is not saved, and in float32 whatever
             dtype the module is converted to.
         sinks: (heads,), kept as a parameter.
+
+    Raises:
+        InputError: an option is of the wrong kind. What depends on the tensors of a call, the call says.
     """
 
     alibi_slopes: Tensor | None
@@ -46,6 +55,9 @@ class FlashAttention(nn.Module):
         deterministic: bool = True,
     ) -> None:
         super().__init__()
+        unmet = [*window_of(causal, window_size)[1], *wrong_kinds(locals(), _OPTIONS).values()]
+        if unmet:
+            refuse("FlashAttention", unmet)
         self.causal = causal
         self.window_size = window_size
         self.softmax_scale = softmax_scale
@@ -105,8 +117,15 @@ class FlashAttention(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        window = "" if tuple(self.window_size) == (-1, -1) else f", window_size={self.window_size}"
-        return f"causal={self.causal}{window}, dropout_p={self.dropout_p}"
+        shown: dict[str, Any] = {"causal": self.causal}
+        for name, default in (("window_size", (-1, -1)), ("softmax_scale", None), ("softcap", 0.0)):
+            if (value := getattr(self, name)) != default:
+                shown[name] = value
+        shown["dropout_p"] = self.dropout_p
+        for name in ("alibi_slopes", "sinks"):
+            if (tensor := getattr(self, name)) is not None:
+                shown[name] = tuple(tensor.shape)
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 class MultiheadAttention(nn.MultiheadAttention):

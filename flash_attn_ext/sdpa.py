@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from .attention import attend
-from .errors import InputError, raise_input_error
+from .errors import InputError, raise_input_error, wrong_flags
 
 _FUNCTION = "scaled_dot_product_attention"
-_IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim), with scale as softmax_scale)"
+_IN_OUR_LAYOUT = f"{_FUNCTION} (in the layout (batch, seqlen, heads, dim))"
+# What the op calls arguments, which its errors name.
+_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask", "softmax_scale": "scale"}
+_NAME = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 _BOTH = "is_causal must be False where attn_mask is given, got both"
 _KINDS = {**dict.fromkeys(("query", "key", "value"), "tensor"), "attn_mask": "tensor?"}
 
@@ -49,6 +53,8 @@ def scaled_dot_product_attention(
         InputError: a ValueError and TypeError that lists every unmet constraint.
     """
     try:
+        if lines := wrong_flags(is_causal=is_causal, enable_gqa=enable_gqa):
+            raise InputError(_FUNCTION, lines)
         q, k, v, bias, mask = query, key, value, None, None
         leading = None
         bottom_right = False
@@ -79,6 +85,9 @@ def scaled_dot_product_attention(
         out = out.transpose(1, 2)
         return out if leading is None else out.reshape(*leading, *out.shape[2:])
     except Exception as error:
+        if isinstance(error, InputError) and error.function == _IN_OUR_LAYOUT:
+            lines = [_NAME.sub(lambda name: _NAMES[name[0]], line) for line in error.constraints]
+            raise InputError(_IN_OUR_LAYOUT, lines) from None
         raise_input_error(_FUNCTION, error, locals(), _KINDS)
 
 

@@ -129,11 +129,11 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["(batch, heads, seqlen_q, seqlen_k) = (2, 4, 5, 7), got shape (1, 1, 5, 6)"],
     ),
     "bias heads": ({"bias": normal(2, 5, 7)}, ["= (2, 4, 5, 7), got shape (1, 2, 5, 7)"]),
-    "bias rank 5": ({"bias": normal(1, 1, 1, 5, 7)}, ["bias must have 4 dimensions"]),
+    "bias rank 5": ({"bias": normal(1, 1, 1, 5, 7)}, ["bias must have 4 dimensions that broadcast to (batch, heads"]),
     "bias dtype": ({"bias": normal(5, 7).half()}, ["bias must be float32, got float16"]),
     "mask shape": (
         {"mask": normal(3, 1, 5, 7) > 0},
-        ["mask must have 4 dimensions, each 1 or (batch, heads, seqlen_q, seq"],
+        ["mask must broadcast to (batch, heads, seqlen_q, seqlen_k) = ("],
     ),
     "mask dtype": ({"mask": normal(5, 7)}, ["mask must be bool, got float32"]),
     "alibi_slopes": (
@@ -143,7 +143,7 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alibi_slopes dtype": ({"alibi_slopes": normal(4).double()}, ["got float64 of shape (4,)"]),
     "complex sinks": (
         {"sinks": torch.ones(4).to(torch.complex64)},
-        ["sinks must be float32 of shape (heads,) = (4,), got ComplexFloat of shape (4,)"],
+        ["sinks must be float32 of shape (heads,) = (4,), got complex64 of shape (4,)"],
     ),
     "sinks of integers": ({"sinks": int32(1, 2, 3, 4)}, ["sinks must be float32 of shape (heads,) = (4,), got int32"]),
     "sinks": ({"sinks": normal(2)}, ["sinks must be float32 of shape (heads,) = (4,), got float32 of shape (2,)"]),
@@ -235,9 +235,9 @@ DENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
             "k must have q's batch and head_dim",
             "v must have q's dtype",
             "bias must be float32, got float16",
-            "bias must have 4 dimensions",
+            "bias must broadcast to",
             "mask must be bool",
-            "mask must have 4 dimensions",
+            "mask must broadcast to",
             "alibi_slopes must be",
             "sinks must be",
             "seqused_k must be",
@@ -527,6 +527,7 @@ def test_explain_and_backends() -> None:
     )
     with pytest.raises(InputError, match="device must be 'cpu' or 'cuda', got 'abacus'"):
         explain(**dense(), device="abacus")
+    assert explain(**dense(), device="cuda:0").declined.keys() == explain(**dense(), device="cuda").declined.keys()
     with pytest.raises(InputError, match="'abacus'"), flash_attn_ext.backends("abacus"):
         pass
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_taken_goes_back_and_is_counted() -> None:
     for reason in (
         "a head dimension above 512",
         "switched off",
-        "k must have q's batch and head_dim",
+        "key must have query's batch and head_dim",
         "tensor subclass",
         "_for_cpu: head_dim",
     ):

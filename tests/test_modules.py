@@ -345,6 +345,9 @@ def test_flash_attention_trains_its_sinks_and_saves_nothing_else() -> None:
     assert repr(FlashAttention(causal=True, window_size=(4, 0))) == (
         "FlashAttention(causal=True, window_size=(4, 0), dropout_p=0.0)"
     )
+    assert repr(FlashAttention(softmax_scale=0.5, softcap=30.0, dropout_p=0.1, sinks=torch.zeros(4))) == (
+        "FlashAttention(causal=False, softmax_scale=0.5, softcap=30.0, dropout_p=0.1, sinks=(4,))"
+    )
 
 
 def test_flash_attention_drops_in_training_only() -> None:

@@ -121,9 +121,10 @@ void check_score_matrix(Constraints& c, const char* name, const Tensor& t, const
   }
   const char* at_least = e.packed ? "at least " : "";
   const auto shown = [](MaybeInt length, const char* unknown) { return length ? std::to_string(*length) : unknown; };
-  c.require(fits, name, " must have 4 dimensions, each 1 or (batch, heads, seqlen_q, seqlen_k) = (", e.batch, ", ",
-            e.heads, ", ", at_least, shown(longest_q, "the longest"), ", ", at_least, shown(longest_k, "the longest"),
-            "), got shape ", shape_of(t));
+  c.require(fits, name, sizes.size() == 4 ? " must" : " must have 4 dimensions that",
+            " broadcast to (batch, heads, seqlen_q, seqlen_k) = (", e.batch, ", ", e.heads, ", ", at_least,
+            shown(longest_q, "the longest"), ", ", at_least, shown(longest_k, "the longest"), "), got shape ",
+            shape_of(t));
 }
 
 void check_options(Constraints& c, const Inputs& in, const Extents& e, MaybeInt longest_q, MaybeInt longest_k) {

@@ -1,5 +1,6 @@
 #include "constraints.h"
 
+#include <cctype>
 #include <cstdio>
 
 namespace fae::ops {
@@ -30,12 +31,25 @@ std::string text_of(DTypeName name) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
       return "int64";
-    default:
-      return torch::headeronly::toString(name.type);
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default: {
+      std::string text = torch::headeronly::toString(name.type);  // torch's name but for a capital, as in Float8_e5m2
+      for (char& letter : text) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+      return text;
+    }
   }
 }
 
