@@ -129,6 +129,7 @@ EQUAL = (150, 150, 150)  # which GPUs take in another order
     [
         (64, UNEQUAL, {}),
         (128, UNEQUAL, {}),
+        (128, (34, 528, 190), {}),  # 528: alone, dQ's memory is used for something else before
         (64, EQUAL, {}),
         (128, EQUAL, {}),
         (128, UNEQUAL, {"softcap": 3.0}),

@@ -175,3 +175,16 @@ def test_more_blocks_of_keys_than_hopper_numbers_go_to_the_other_kernels(heads: 
     assert f"on {instruction}," in str(found.backward_kernel)
     reasons = ("its backward takes fewer than 2^30 blocks of 64 keys",)
     assert found.declined.get("sm90_emulated") == (None if instruction == "wgmma" else reasons)
+
+
+@pytest.mark.parametrize(("rows", "reasons"), [(2**25 - 64, None), (2**25, ("2^31 groups of 16 query rows",))])
+def test_more_rows_than_hopper_numbers_go_to_the_other_kernels(rows: int, reasons: tuple[str, ...] | None) -> None:
+    """rows / 16 + 2 numbers for each of 1024 heads, and fewer than 2^31 of them."""
+    q, k = (torch.empty(1, n, 1024, 64, dtype=torch.bfloat16, device="meta") for n in (rows, 8))
+    _C.set_backends(EMULATED["sm90_emulated"])
+    try:
+        found = explain(q, k, k)
+    finally:
+        _C.set_backends([])
+    declined = reasons and tuple(f"its backward takes fewer than {reason}" for reason in reasons)
+    assert found.declined.get("sm90_emulated") == declined

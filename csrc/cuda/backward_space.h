@@ -58,7 +58,7 @@ TaskOrder task_order(int64_t heads, int64_t sharing, int64_t slots) {
 }
 
 struct BackwardSpace {
-  int64_t query_blocks, heads;  // per head; heads, of all sequences where tensors are not packed
+  int64_t query_blocks, heads;  // blocks of block_rows rows, per head; heads, of all sequences if these are not packed
   StatsView delta;              // null: only statistics have it (cuda/delta.h)
   int* counters;  // the ticket (64 bits), then the visitors that are done with each query block, then others
   int64_t counter_count;

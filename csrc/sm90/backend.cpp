@@ -70,6 +70,8 @@ std::vector<std::string> declines_backward(const BackwardProblem& p) {
   const int64_t rows_k = p.cu_seqlens_k ? p.total_k : p.max_seqlen_k, batch_k = p.cu_seqlens_k ? 1 : p.batch;
   if (p.heads * (batch_k * (rows_k / 64 + 1) + p.batch) >= int64_t{1} << 30)  // which are numbered
     reasons.push_back("its backward takes fewer than 2^30 blocks of 64 keys");
+  if (p.heads * (batch_q * (rows_q / 16 + 1) + p.batch) >= int64_t{1} << 31)  // so are these
+    reasons.push_back("its backward takes fewer than 2^31 groups of 16 query rows");
   if (!readable(p.dout, rows_q, p.heads, batch_q) || !readable(p.dq, rows_q, p.heads, batch_q) ||
       !readable(p.dk, rows_k, p.heads_kv, batch_k) || !readable(p.dv, rows_k, p.heads_kv, batch_k))
     reasons.push_back(

@@ -15,7 +15,7 @@
 // warpgroups has 64 of the keys, with their dK and dV in registers, and meets the query blocks that see them one by one
 // ("steps"). Scores are computed transposed, keys by rows: P^T and dS^T are then left operands of dV and dK in the
 // registers that they come in, and dS passes through shared memory for dQ only. (Head dims beyond 128 leave no
-// registers for that: backward_wide.h.)
+// registers for that: backward_separate.h, and backward_wide.h where scores have terms.)
 //
 // -lse / scale and -delta are added to S and dP by the tensor cores, as one step more of those products (cuda/delta.h):
 // read by the threads that need them, they would cost a tenth of the time.

@@ -47,8 +47,8 @@ struct alignas(16) KeyBlock {
 // A query block that meets the keys, and this visit's place among those to the query block's dQ.
 struct alignas(16) Step {
   int row_begin = 0, head = 0;
-  int slot = 0;   // the last one of the query block's places; -1: there are no more
-  int flags = 0;  // and the visit's number from kRank on
+  int last_place = 0;  // of the query block, whose first ones may not exist; -1: there are no more
+  int flags = 0;       // and the visit's number from kRank on
 
   // kEdge << piece: some row does not see all of these 64 keys.
   static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;

@@ -42,7 +42,7 @@ class BackwardLoader {
     publish({.batch = -1});
     wait_q_empty();
     if (first_) {
-      write_struct(memory_.step(step_), Step{.slot = -1});
+      write_struct(memory_.step(step_), Step{.last_place = -1});
       arrive(memory_.q_full(QueryBuffers::stage(step_)));
     }
   }
@@ -83,8 +83,8 @@ class BackwardLoader {
 
 #pragma unroll 1
     for (int head = first_head; head < first_head + heads; ++head) {
-      // Of the first query block.
-      const int slot0 =
+      // The last place of the first query block.
+      const int place0 =
           (Config::kRows - 1 - before) / Config::kPlaceRows +
           first_slot(call_.query_places, batch, head, static_cast<int>(p_.heads), call_.query_places_per_head);
 #pragma unroll 1
@@ -96,7 +96,7 @@ class BackwardLoader {
         const auto visible = band.any(max(row, 0), row_end), every = band.every(max(row, 0), row_end);
         const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
         const int visit = last_first ? first + visits - 1 - block : block - first;
-        Step step{row, head, slot0 + query_block * (Config::kRows / Config::kPlaceRows), visit << Step::kRank};
+        Step step{row, head, place0 + query_block * (Config::kRows / Config::kPlaceRows), visit << Step::kRank};
         if (visit == visits - 1) step.flags |= Step::kLastVisit;
         for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
           const int begin = key + piece * kWarpgroupRows;
@@ -107,7 +107,7 @@ class BackwardLoader {
     }
   }
 
-  // The first slot of a sequence and head.
+  // The first slot, or place, of a sequence and head.
   __device__ static int first_slot(const PackedBlocks& packed, int batch, int head, int heads, int blocks_per_head) {
     return packed.cu_seqlens ? packed.first(batch) + head * blocks_per_head : (batch * heads + head) * blocks_per_head;
   }
@@ -260,7 +260,7 @@ __device__ __forceinline__ void for_each_step(const BackwardMemory<T, Config>& m
   for (unsigned number = 0;; ++number) {
     wait(memory.q_full(QueryBuffers::stage(number)), QueryBuffers::parity(number));
     const Step step = read_struct_alone<Step>(memory.step(number));
-    if (step.slot < 0) return;
+    if (step.last_place < 0) return;
     arrive(memory.q_empty(QueryBuffers::stage(number)));
     f(step, number);
   }
@@ -271,7 +271,7 @@ template <class T, class Config>
 __device__ void wait_for_turns(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
   for_each_step(memory, [&](const Step& step, unsigned number) {
     if (step.rank() > 0) {
-      const int* const done = call.turns + step.slot;
+      const int* const done = call.turns + step.last_place;
       while (sm80::load_relaxed(done) < step.rank()) {
       }
       sm80::load_acquire(done);
@@ -285,7 +285,7 @@ template <class T, class Config>
 __device__ void pass_turns_on(const BackwardCall& call, const BackwardMemory<T, Config>& memory) {
   for_each_step(memory, [&](const Step& step, unsigned number) {
     wait(memory.added(number), BackwardMemory<T, Config>::StepBuffers::parity(number));
-    if (!step.last_visit()) sm80::store_release(call.turns + step.slot, step.rank() + 1);
+    if (!step.last_visit()) sm80::store_release(call.turns + step.last_place, step.rank() + 1);
   });
 }
 

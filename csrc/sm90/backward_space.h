@@ -60,16 +60,15 @@ struct BackwardSpace : cuda::BackwardSpace {
   }
 
  private:
-  // Until dQ of a query block is written, which nobody does before all have read its statistics, they lie in its place,
-  // side by side in some of its rows: those of the 16 bytes of a group in the group's first row. Blocks, and tensors,
-  // have to consist of whole groups.
+  // Until dQ is written, its memory holds the statistics: of each group of kDim / 8 rows the first row has 16 bytes for
+  // each. A query block, which must consist of whole groups, is written by its last visitor, when all have read them;
+  // where nobody visits, clear_other_gradients, which therefore comes last, makes zeros of them.
   static constexpr int kGroup = Config::kDim / 8, kGroupBits = kGroup == 8 ? 3 : 4;
   static bool keeps_statistics_in_dq(const BackwardProblem& p) {
     if constexpr (Config::kSeparate || Config::kRows % kGroup != 0 || kGroup != 1 << kGroupBits)
       return false;
     else
-      return p.head_dim == Config::kDim && !p.cu_seqlens_q && !p.seqused_q && p.max_seqlen_q % kGroup == 0 &&
-             readable(p.dq, p.max_seqlen_q, p.heads, p.batch);
+      return p.head_dim == Config::kDim && !p.cu_seqlens_q && !p.seqused_q && p.max_seqlen_q % kGroup == 0;
   }
   static int64_t rows_of(const BackwardProblem& p) { return p.cu_seqlens_q ? p.total_q : p.max_seqlen_q; }
   static int64_t key_blocks_of(const BackwardProblem& p) {

@@ -87,9 +87,12 @@ __device__ __forceinline__ void collect(float* partial, int piece, Accumulator<1
 template <class Config, int kStep = 1, int N, class Write>
 __device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1, N>& dq, const Step& step, int piece,
                                          Write&& write) {
-  const int place = step.slot + 1 - Config::kRows / Config::kPlaceRows;
-  float* const partial = call.dq_partial + int64_t{place} * Config::kPlaceRows * Config::kDim;
-  // Rows before the sequence have no place.
+  // Of a block that begins before its sequence, places without a row of that do not exist: `first` may be in the memory
+  // of others, which is left alone.
+  if constexpr (Config::kPlaceRows < Config::kRows)
+    static_assert(Config::kPlaceRows == 16 && Config::kSharesDim, "a place is a pair of every warpgroup's pieces");
+  const int first = step.last_place + 1 - Config::kRows / Config::kPlaceRows;
+  float* const partial = call.dq_partial + int64_t{first} * Config::kPlaceRows * Config::kDim;
   const int begin = Config::kPlaceRows < Config::kRows ? max(-step.row_begin, 0) / Config::kPlaceRows : 0;
   if (!step.last_visit()) return leave<kStep>(partial, piece, dq, step.rank(), begin);
   collect<kStep>(partial, piece, dq, step.rank(), begin);

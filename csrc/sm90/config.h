@@ -135,7 +135,8 @@ struct BackwardBlock {
     return kKeys % kRows == 0 ? 0 : ceil_div(seqlen_q, kRows) * kRows - seqlen_q;
   }
 
-  // The rows of a place for sums of dQ. A block that begins before its sequence has places for rows of that alone.
+  // The rows of a place for sums of dQ. Where a block begins before its sequence, those that have no row of that don't
+  // exist.
   static constexpr int kPlaceRows = kKeys % kRows == 0 ? kRows : 16;
   static_assert(kRows % kPlaceRows == 0);
 

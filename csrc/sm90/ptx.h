@@ -38,6 +38,7 @@ __device__ __forceinline__ void arrive_if(uint32_t barrier, bool condition) {
       "r"(static_cast<int>(condition))
       : "memory");
 }
+// Of the phase that a later arrival ends, and that therefore cannot end before.
 __device__ __forceinline__ void expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
