@@ -34,10 +34,10 @@ FEATURES = (
     Case(heads=1, heads_kv=1, batch=1),
     Case(head_dim=64, head_dim_v=32),
     Case(head_dim=24, head_dim_v=72),
-    # Rows in whole groups of 8 or 16, the first of which see nothing; and keys that are not in use.
-    Case(head_dim=64, window_right=0, seqlen_q=264, seqlen_k=100),
-    Case(head_dim=128, window_right=0, seqlen_q=176, seqlen_k=60),
-    Case(head_dim=128, seqlen_q=240, seqlen_k=200, used_k=(0, 200)),
+    # Rows in whole groups of 8 or 16, the first of which see nothing but a sink; and keys that are not in use.
+    Case(head_dim=64, window_right=0, seqlen_q=264, seqlen_k=100, sinks=True),
+    Case(head_dim=128, window_right=0, seqlen_q=176, seqlen_k=60, sinks=True),
+    Case(head_dim=128, seqlen_q=240, seqlen_k=200, used_k=(0, 200), sinks=True),
     Case(scale=0.0),
     Case(scale=-0.3),
     Case(scale=1.0),
