@@ -252,6 +252,19 @@ class Case:
         out, lse = self.call(inputs | leaves)
         return _with_gradients(out, lse, leaves, inputs["dout"], inputs["dlse"])
 
+    def run_alone(self, inputs: Inputs) -> Result:
+        """The same from a call for each sequence. Packed, and of as many keys as rows."""
+        results, begin = [], 0
+        for length in self.lengths_q or ():
+            rows = slice(begin, begin + length)
+            one = {name: inputs[name][rows].unsqueeze(0) for name in ("q", "k", "v", "dout")}
+            one["dlse"] = inputs["dlse"][:, rows].unsqueeze(0)
+            one |= {name: inputs[name][..., :length, :length] for name in ("bias", "mask") if inputs[name] is not None}
+            alone = self.but(lengths_q=None, lengths_k=None, batch=1, seqlen_q=length, seqlen_k=length)
+            results.append(alone.run_ours(dict.fromkeys(inputs) | one))
+            begin += length
+        return {name: torch.cat([x[name][0] for x in results], 1 if name == "lse" else 0) for name in results[0]}
+
     def call(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Through the public function where that can name the problem, otherwise through the op, which can name any."""
         given = {name: t for name, t in inputs.items() if name not in ("dout", "dlse")}

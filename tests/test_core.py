@@ -14,6 +14,7 @@ from flash_attn_ext import reference
 from flash_attn_ext._C import core
 
 PROBLEMS = 3000
+WAVE = 64  # Round::kMost
 INF = math.inf
 
 Interval = tuple[int, int]
@@ -143,15 +144,17 @@ def test_tile_schedule_covers_every_tile_once() -> None:
         assert all(first[2] >= second[2] for first, second in pairwise(tiles))
 
 
-def test_grid_schedule_covers_every_tile_once() -> None:
+@pytest.mark.parametrize("order", ["first", "last", "turns", "rounds"])
+def test_grid_schedule_covers_every_tile_once(order: str) -> None:
     rng = random.Random(9)
-    for problem in range(PROBLEMS):
+    longest = 150 if order == "rounds" else 40  # several waves
+    for problem in range(PROBLEMS // (40 if order == "rounds" else 3)):
         batch, block_rows, run = rng.randint(1, 4), rng.randint(1, 16), rng.randint(1, 3)
-        heads = run * rng.randint(1, 5)
-        lengths = [rng.randint(0, 40) for _ in range(batch)] if problem % 2 else [rng.randint(0, 40)] * batch
+        block_rows = 1 if order == "rounds" else block_rows
+        heads, group = run * rng.randint(1, 5), rng.randint(1, 7)
+        lengths = [rng.randint(0, longest) for _ in range(batch)] if problem % 2 else [rng.randint(0, longest)] * batch
         starts = [sum(lengths[:b]) for b in range(batch + 1)]
         packed = starts if problem % 2 else []
-        group, order = rng.randint(1, 7), rng.choice(("first", "last", "turns"))
         tiles = core.grid_schedule(batch, heads, lengths[0], block_rows, packed, starts[-1], group, order, run)
         # Numbers of a packed schedule that lie past a sequence's end are passed over by kernels.
         tiles = [tuple(tile) for tile in tiles if 0 <= tile[2] < math.ceil(lengths[tile[0]] / block_rows)]
@@ -164,10 +167,45 @@ def test_grid_schedule_covers_every_tile_once() -> None:
             alternates = heads % (2 * run) == 0
             last_first = h // run % 2 == 0 and alternates if order == "turns" else order == "last"
             assert blocks == sorted(blocks, reverse=last_first)
+        if order == "rounds":  # the blocks of a wave come next to each other,
+            for (b, h, wave), tickets in groupby(enumerate(tiles), lambda x: (*x[1][:2], x[1][2] // WAVE)):
+                assert len(list(tickets)) == min(WAVE, math.ceil(lengths[b] / block_rows) - wave * WAVE), (b, h)
         # and so do the heads of a run that share keys.
         for b, first, r in {(b, h // run * run, r) for b, h, r in tiles}:
             sharing = [h for h in (tile[1] for tile in tiles if tile[::2] == (b, r)) if h // run * run == first]
             assert sharing == sorted(sharing)
+
+
+def test_blocks_that_go_round_wait_for_earlier_steps_alone() -> None:
+    rng = random.Random(12)
+    for _ in range(PROBLEMS // 20):
+        key_blocks, query_blocks = rng.choice((rng.randint(1, 150), 4, 8, 16, 32, 64, 128)), rng.randint(1, 150)
+        walks = core.round_walks(key_blocks, query_blocks)
+        waves = {}
+        for block, (first, members, _, _) in enumerate(walks):
+            waves.setdefault(first, []).append(block)
+            assert members in (1, 4, 8, 16, 32, 64)
+            assert members <= query_blocks
+            assert members == 1 or key_blocks % members == 0
+        assert all(blocks == list(range(first, first + walks[first][1])) for first, blocks in waves.items())
+        # By number, the last one begins at the last query block, and no two at the same.
+        for blocks in waves.values():
+            begins = [walks[block][2] for block in blocks]
+            assert begins == sorted(set(begins))
+            assert begins[0] >= 0
+            assert begins[-1] == query_blocks - 1
+        for i in range(query_blocks):
+            order = sorted(range(key_blocks), key=lambda block: walks[block][3][i])
+            assert [walks[block][3][i] for block in order] == list(range(key_blocks))
+            for earlier, later in pairwise(order):
+                if walks[earlier][0] != walks[later][0]:
+                    assert walks[earlier][0] < walks[later][0]  # of an earlier wave
+                    continue
+                steps = [(walks[block][2] - i) % query_blocks for block in (earlier, later)]
+                assert steps[0] < steps[1]
+                # Up to the first query block, a key block waits for lower numbers, which have lower tickets.
+                if i <= walks[later][2]:
+                    assert earlier < later
 
 
 def test_grid_schedule_has_no_small_last_group() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, check
+from cases import Case, Inputs, Result, check
 from conftest import EMULATED, EMULATOR, EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
 from test_hypothesis import problems
 
 from flash_attn_ext import _C, explain
@@ -64,6 +66,107 @@ def test_order_of_warps(backend: str, case: Case, monkeypatch: pytest.MonkeyPatc
     backward = case.run_ours(inputs)
     for name, expected in forward.items():
         assert torch.equal(backward[name], expected), name
+
+
+# Head dim 128 without causal order or window; four or eight key blocks.
+GOES_ROUND = Case(seqlen_q=330, seqlen_k=500, head_dim=128, heads=1, heads_kv=1, batch=1, dtype=torch.bfloat16)
+
+
+def run_on_hopper(
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    multiprocessors: int = 132,
+    free: int = 9,
+    slow: int = 0,
+    run: Callable[[Inputs], Result] | None = None,
+) -> Result:
+    """On a card with so many multiprocessors, of which a backward gets `free` at a time, and which are slow in turn."""
+    monkeypatch.setenv("FAE_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
+    monkeypatch.setenv("FAE_EMULATOR_FREE", str(free))
+    monkeypatch.setenv("FAE_EMULATOR_SLOW", str(slow))
+    _C.set_backends(EMULATED["sm90_emulated"])
+    try:
+        check(case)
+        return (run or case.run_ours)(case.make())
+    finally:
+        _C.set_backends([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch": 2, "heads": 2, "seqlen_q": 320},  # statistics lie in dQ's memory
+        {"seqlen_q": 800, "seqlen_k": 1000},
+        {"seqlen_q": 700, "seqlen_k": 1000, "window_right": 0},  # these follow each other
+        {"seqlen_q": 300},  # fewer query blocks than key blocks
+        {"heads": 4, "heads_kv": 2, "seqlen_q": 530},
+        {"heads": 4, "heads_kv": 2},  # one task for all heads that share keys
+        {"lengths_q": (330, 0, 70, 520), "lengths_k": (500, 100, 0, 390)},
+        {"lengths_q": (330, 400, 360), "lengths_k": (500, 400, 510), "heads": 2},
+        {"batch": 2, "used_q": (300, 325), "used_k": (400, 70)},
+        {"bias": "bhqk", "softcap": 3.0},
+        {"bias": "bhqk"},
+        {"dropout_p": 0.3, "dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_key_blocks_that_go_round(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for each other, but have the same results where not all run at the same time."""
+    case = GOES_ROUND.but(**changes)
+    expected = run_on_hopper(case, monkeypatch)
+    for free, slow in ((1, 0), (3, 0), (3, 400), (4, 5), (6, 40)):
+        for name, result in run_on_hopper(case, monkeypatch, free=free, slow=slow).items():
+            assert torch.equal(result, expected[name]), (free, slow, name)
+
+
+def test_key_blocks_go_round_in_packs_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (500, 34, 1000, 400)
+    case = GOES_ROUND.but(lengths_q=lengths, lengths_k=lengths, heads=2, heads_kv=2)
+    packed, alone = run_on_hopper(case, monkeypatch), run_on_hopper(case, monkeypatch, run=case.run_alone)
+    for name, expected in packed.items():
+        assert torch.equal(alone[name], expected), name
+
+
+@st.composite
+def rounds(draw: DrawFn) -> Case:
+    """Of any options, but as long and of such head dims that key blocks go round, of the first sequence in any case."""
+    case = draw(problems().filter(lambda case: case.batch > 0 and case.heads > 0))
+    queries, keys = st.integers(320, 420), st.integers(385, 512)
+    changes: dict[str, object] = {
+        "head_dim": draw(st.integers(65, 128)),
+        "head_dim_v": None,
+        "seqlen_q": draw(queries),
+        "seqlen_k": draw(keys),
+        "dtype": draw(st.sampled_from((torch.bfloat16, torch.float16))),
+        **dict.fromkeys(("window_left", "window_right", "used_q", "used_k")),
+    }
+    if case.lengths_q:
+        changes["lengths_q"] = (draw(queries), *case.lengths_q[1:])
+        changes["lengths_k"] = (draw(keys), *case.lengths_k[1:])
+    return case.but(**changes)
+
+
+@settings(max_examples=max(EXAMPLES // 200, 1))
+@given(case=rounds(), free=st.integers(1, 9), slow=st.sampled_from((0, 1, 5, 20, 80, 400)))
+def test_drawn_rounds(case: Case, free: int, slow: int) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expected = run_on_hopper(case, monkeypatch)
+        result = run_on_hopper(case, monkeypatch, free=free, slow=slow)
+    for name in expected:
+        assert torch.equal(result[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, True), ({"seqlen_k": 520}, False), ({"window_left": 500}, False)], ids=str
+)
+def test_whether_key_blocks_go_round(
+    changes: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on small cards, where sums have another order. Otherwise the test above would show nothing."""
+    case = GOES_ROUND.but(heads=4, heads_kv=4, dtype=torch.float16, **changes)
+    large, small = (run_on_hopper(case, monkeypatch, multiprocessors) for multiprocessors in (132, 3))
+    assert all(torch.equal(large[name], small[name]) for name in large) == (not expected)
 
 
 def test_it_is_the_kernels_that_run(backend: str) -> None:

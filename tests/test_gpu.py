@@ -28,6 +28,7 @@ CASES = (
     Case(lengths_q=(500, 0, 33, 257), lengths_k=(700, 12, 333, 257), head_dim=96, dtype=torch.bfloat16, window_right=0),
     Case(seqlen_q=2000, seqlen_k=2000, head_dim=64, bias="1hqk", window_right=0, dtype=torch.bfloat16),
     Case(batch=4, seqlen_q=300, seqlen_k=512, head_dim=128, bias="11qk", dtype=torch.float16),
+    Case(seqlen_q=1000, seqlen_k=1000, head_dim=128, heads=8, heads_kv=2, dtype=torch.bfloat16),
     Case(seqlen_q=200, seqlen_k=300, head_dim=256, dtype=torch.float16),
     Case(seqlen_q=200, seqlen_k=300, head_dim=64, dtype=torch.float32),
 )
@@ -160,6 +161,44 @@ def test_the_host_keeps_up_with_a_training_step(head_dim: int) -> None:
     kernels, calls = (statistics.median(times) for times in zip(*rounds, strict=True))
     print(f"D {head_dim}: a step takes {calls:.3f} ms, its kernels {kernels:.3f}")
     assert calls < 1.05 * kernels
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"dropout_p": 0.2}, {"alibi_slopes": True}, {"bias": True}])
+def test_the_same_bits_where_few_multiprocessors_are_free(options: dict[str, object]) -> None:
+    """On Hopper, key blocks that go round wait for each other: sixteen, of which twelve at most can begin."""
+
+    def backward(rows: int, keys: int, heads: int, **options: object) -> Callable[[], tuple[torch.Tensor, ...]]:
+        x = [torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (rows, keys, keys, rows)]
+        q, k, v = (t.requires_grad_() for t in x[:3])
+        if "bias" in options:
+            options["bias"] = torch.randn(1, heads, rows, keys, device="cuda", dtype=q.dtype)
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] = torch.rand(heads, device="cuda")
+        out = attention(q, k, v, **options)
+        return lambda: torch.autograd.grad(out, (q, k, v), x[3], retain_graph=True)
+
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    occupy = backward(60_000, 128, max(multiprocessors - 12, 1))  # one block of keys for each head: milliseconds
+    gradients, other = backward(2048, 2048, 4, **options), torch.cuda.Stream()
+    first = gradients()
+    torch.cuda.synchronize()
+    for run in range(20):
+        with torch.cuda.stream(other):
+            occupy()
+        for again in range(10):  # some of them meanwhile
+            assert all(map(torch.equal, gradients(), first)), (run, again)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("heads_kv", [2, 4])
+def test_key_blocks_go_round_in_packs_as_alone(heads_kv: int) -> None:
+    """Those of some lengths, on large cards."""
+    lengths = (1000, 34, 2048, 600, 4000)
+    case = Case(lengths_q=lengths, lengths_k=lengths, heads=4, heads_kv=heads_kv, head_dim=128, dtype=torch.bfloat16)
+    inputs = case.make("cuda")
+    packed, alone = case.run_ours(inputs), case.run_alone(inputs)
+    for name, expected in packed.items():
+        assert torch.equal(alone[name], expected), name
 
 
 @pytest.mark.slow

@@ -62,9 +62,43 @@ struct PackedBlocks {
   }
 };
 
+// In a backward where all rows see all keys, the key blocks of a head can go round: they walk the same query blocks,
+// from the last one down, but begin at places that are evenly spread, and go on with the last one after the first. dQ
+// of a query block has them as visitors in the order in which they come by, and each visitor some steps before the next
+// one comes. So each waits for lower numbers up to the first query block, and from there on for higher ones as well:
+// all have to run at the same time. That can be asked of so many, a wave, and is only done in whole waves of a size
+// that fits several times into the largest cards with little left. It follows from a sequence's lengths, as do the
+// sums' orders.
+struct Round {
+  static constexpr int kLeast = 4, kMost = 64;  // of a wave
+
+  int first = 0, members = 1, query_blocks = 0;  // the wave's key blocks, and those that they walk
+
+  // The wave of a key block.
+  FAE_INLINE Round(int key_block, int size, int query_blocks_)
+      : first(key_block / size * size), members(size), query_blocks(query_blocks_) {}
+
+  // The size of a sequence's waves. 1: its key blocks don't go round, but follow each other from the last query block
+  // on.
+  FAE_INLINE static int size(int64_t key_blocks, int64_t query_blocks) {
+    const int64_t size = key_blocks > 0 && key_blocks % kMost == 0 ? kMost : key_blocks;
+    return size >= kLeast && size <= kMost && size <= query_blocks && (size & (size - 1)) == 0 ? static_cast<int>(size)
+                                                                                               : 1;
+  }
+
+  FAE_INLINE bool is_last(int key_block) const { return key_block == first + members - 1; }
+  // Where a key block begins. The last one of a wave begins at the last query block, all others before that.
+  FAE_INLINE int begin(int key_block) const { return ((key_block - first + 1) * query_blocks - 1) / members; }
+  // The visits of dQ of a query block before that of a key block, from those of the first wave on.
+  FAE_INLINE int visit(int key_block, int query_block) const {
+    const int earliest = first + query_block * members / query_blocks;  // of those that begin there or before
+    return first + key_block - earliest + (key_block < earliest ? members : 0);
+  }
+};
+
 // Tasks of a grid of thread blocks: (batch, head) pairs in groups, whose tensors share the cache, and in each group the
-// tiles with the block slowest. Lengths are read on the device only. Numbers have 32 bits: a grid has no more, and a
-// division of 64 takes a GPU longer than a small tile.
+// tiles with the block, or a wave of blocks, slowest. Lengths are read on the device only. Numbers have 32 bits: a grid
+// has no more, and a division of 64 takes a GPU longer than a small tile.
 struct GridSchedule {
   int64_t tasks = 0;  // more than 32 bits of them are declined, or do not launch
   uint32_t heads = 0, blocks = 0;
@@ -72,6 +106,7 @@ struct GridSchedule {
   uint32_t pairs = 0, group = 1;  // of batch and run of heads
   bool last_first = false;
   bool alternate = false;  // groups of even runs, last block first, and of odd runs, first block first, take turns
+  uint32_t wave = 1;       // so many blocks of a sequence's head come next to each other; not with the last block first
   PackedBlocks packed;     // null cu_seqlens: every sequence has `blocks` blocks
 
   FAE_INLINE GridSchedule(int64_t batch, int64_t heads_, int64_t seqlen, int64_t block_rows, const int32_t* cu_seqlens,
@@ -96,11 +131,11 @@ struct GridSchedule {
   }
   // For tasks that take turns, those of a head's blocks, and those of the same block of the heads of a run; `least` to
   // `most` pairs go together. The order of both follows from the head's number alone, so that its results do not
-  // depend on what else there is. Where runs cannot be paired, all have their first block first.
-  FAE_INLINE void take_turns(int64_t run_, int64_t least, int64_t most) {
+  // depend on what else there is. Unless runs alternate, and can be paired, all have their first block first.
+  FAE_INLINE void take_turns(int64_t run_, int64_t least, int64_t most, bool alternates) {
     run = static_cast<uint32_t>(run_);
     pairs /= run;
-    alternate = heads / run % 2 == 0;
+    alternate = alternates && heads / run % 2 == 0;
     const uint32_t all = alternate ? pairs / 2 : pairs;
     group = static_cast<uint32_t>(clamp_length(least - 1, int64_t{all} - 1) + 1);
     // In a last group of few pairs, tasks wait for each other while others have none: the fullest, of them the
@@ -117,8 +152,8 @@ struct GridSchedule {
   FAE_INLINE Tile operator[](uint32_t index) const {
     return tile(index, [](const PackedBlocks& blocks, int32_t number) { return blocks[number]; });
   }
-  // The same with another way of finding packed blocks: find(packed, number).
-  template <class Find>
+  // The same with another way of finding packed blocks: find(packed, number). kWaves: `wave` may be more than 1.
+  template <bool kWaves = false, class Find>
   FAE_INLINE Tile tile(uint32_t index, Find&& find) const {
     // With alternate runs, a group of even ones is followed by one of as many odd ones.
     const uint32_t parities = alternate ? 2 : 1, all = pairs / parities, whole = group * parities * run * blocks;
@@ -128,7 +163,9 @@ struct GridSchedule {
     rest -= parity * in_group * run * blocks;
     const uint32_t in_run = run == 1 ? 0 : rest / (in_group * blocks);
     rest -= in_run * in_group * blocks;
-    const uint32_t number = rest / in_group, member = first + (rest - number * in_group);
+    const Wave w = kWaves && wave > 1 ? wave_of(rest / in_group, find) : Wave{rest / in_group, 1};
+    rest -= w.begin * in_group;
+    const uint32_t member = first + rest / w.size, number = w.begin + rest % w.size;
     const uint32_t per_batch = heads / run / parities, batch = member / per_batch;
     const uint32_t head = ((member - batch * per_batch) * parities + parity) * run + in_run;
     const uint32_t block = is_last_first(head) ? blocks - 1 - number : number;
@@ -138,6 +175,23 @@ struct GridSchedule {
       return tile;
     }
     return {batch, head, block};
+  }
+
+ private:
+  struct Wave {
+    uint32_t begin, size;  // numbers of blocks
+  };
+  template <class Find>
+  FAE_INLINE Wave wave_of(uint32_t number, Find&& find) const {
+    uint32_t first = 0, end = blocks;  // of the sequence
+    if (packed.cu_seqlens) {
+      const Tile tile = find(packed, static_cast<int32_t>(number));
+      first = number - static_cast<uint32_t>(tile.block);
+      const auto next = static_cast<int32_t>(tile.batch) + 1;
+      if (next < packed.batch) end = static_cast<uint32_t>(packed.first(next));
+    }
+    const uint32_t begin = first + (number - first) / wave * wave;
+    return {begin, end - begin < wave ? end - begin : wave};
   }
 };
 

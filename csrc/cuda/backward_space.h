@@ -18,6 +18,8 @@ struct TaskOrder {
   int64_t slots = 0;               // for tasks that run at the same time
   int64_t row_bytes = 0;           // of Q, dO and dQ
   bool even = false;               // all tasks take equally long
+  bool alternates = true;          // every other head has its last block first
+  bool rounds = false;             // key blocks may go round (core/schedule.h, Round)
 
   static constexpr int64_t kFewBlocks = 4;  // hardly wait for each other
 
@@ -43,7 +45,13 @@ struct TaskOrder {
       least = ceil_div(4 * slots, 3 * key_blocks);
       most = ceil_div(3 * slots, 2 * key_blocks) + 1;
     }
-    result.take_turns(sharing, least, most);
+    // The waves of a head follow each other at a distance, and most often find room.
+    if (rounds) {
+      result.wave = Round::kMost;
+      least = slots / (key_blocks < Round::kMost ? key_blocks : Round::kMost);
+      most = 2 * least;
+    }
+    result.take_turns(sharing, least, most, alternates);
     return result;
   }
 };
@@ -127,9 +135,9 @@ class Tasks {
   FAE_INLINE int64_t size() const {
     return of_schedule([](const GridSchedule& schedule) { return schedule.size(); });
   }
-  template <class Find>
+  template <bool kWaves, class Find>
   FAE_INLINE Tile tile(uint32_t index, Find&& find) const {
-    return of_schedule([&](const GridSchedule& schedule) { return schedule.tile(index, find); });
+    return of_schedule([&](const GridSchedule& schedule) { return schedule.template tile<kWaves>(index, find); });
   }
   FAE_INLINE Tile operator[](uint32_t index) const {
     return of_schedule([&](const GridSchedule& schedule) { return schedule[index]; });

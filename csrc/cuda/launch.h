@@ -18,6 +18,7 @@ struct Grid {
   size_t shared_bytes = 0;  // dynamic
   bool loops = false;       // blocks stride over the work: fewer of them do, where there are more than a grid can have
   bool overlaps = false;    // may begin while the kernel before ends, for which it then waits (Hopper; sm90/ptx.h)
+  bool waits = false;       // blocks wait for others; the emulator has some of them side by side
   int cluster = 1;          // blocks that run side by side (Hopper; sm90/ptx.h)
 };
 
@@ -84,19 +85,25 @@ inline void clear(void* p, size_t bytes, void* stream) {
 
 #else
 
-// The emulator stands for the largest devices, or for those with FAE_EMULATOR_SHARED bytes.
+// What the emulator stands for follows from environment variables (emulator/block.h).
+inline int64_t emulator_number(const char* variable, int64_t otherwise) {
+  const char* const number = std::getenv(variable);
+  return number ? std::atoll(number) : otherwise;
+}
 inline size_t shared_memory_per_block() {
-  const char* const bytes = std::getenv("FAE_EMULATOR_SHARED");
-  return bytes ? static_cast<size_t>(std::atoll(bytes)) : size_t{227} << 10;
+  return static_cast<size_t>(emulator_number("FAE_EMULATOR_SHARED", 227 << 10));
+}
+inline int multiprocessors() {  // few enough for blocks that stay to have several tiles each
+  return static_cast<int>(emulator_number("FAE_EMULATOR_MULTIPROCESSORS", 3));
 }
 
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const Grid& grid, void*, std::type_identity_t<Args>... args) {
   if (grid.blocks == 0) return;
-  emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, [&] { kernel(args...); });
+  const int64_t together = grid.waits ? emulator_number("FAE_EMULATOR_FREE", multiprocessors()) : grid.cluster;
+  emulator::run_grid(name, grid.blocks, grid.threads, grid.shared_bytes, together, [&] { kernel(args...); });
 }
 
-inline int multiprocessors() { return 3; }  // few enough for blocks that stay to have several tiles each
 inline void clear(void* p, size_t bytes, void*) { std::memset(p, 0, bytes); }
 
 #endif

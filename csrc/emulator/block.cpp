@@ -40,6 +40,7 @@ struct Fiber {
   int parity = 0;
   const int* polled = nullptr;  // the number that it looked at last, how often, and what it saw
   int looks = 0, seen = 0;
+  bool in_vain = false;  // it has just looked and seen nothing new
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
   std::vector<BoxCopy> open_stores;
@@ -106,6 +107,7 @@ const char* const kBarrier = "__syncthreads";
 const char* const kClusterBarrier = "barrier.cluster";
 const char* const kMemoryBarrier = "mbarrier";
 const char* const kPolling = "a loop that polls memory";
+const char* const kSleeping = "__nanosleep";
 const char* const kReturned = "return";
 std::map<std::string, int64_t> grids;  // by the kernel's name, how many have run
 
@@ -146,7 +148,10 @@ bool can_run(unsigned index) {
 // From thread to scheduler and back are two switches: where another lane of the warp can run, one is enough.
 [[gnu::noinline]] void suspend(const char* waiting) {
   block->waiting[block->thread] = waiting;
-  if (waiting != kPolling) block->cluster->progress = true;
+  if (waiting != kPolling && waiting != kSleeping) {  // one operation after a look in vain tells a warp of it
+    if (!block->running->in_vain) block->cluster->progress = true;
+    block->running->in_vain = false;
+  }
   if (__builtin_setjmp(block->running->resume) != 0) return;
   for (unsigned next = block->thread + 1; next % kWarpThreads != 0; ++next)
     if (can_run(next)) go_on_with(next);
@@ -248,17 +253,24 @@ void advance(Block& of, bool backward) {
   }
 }
 
-// Lets the threads that wait at a barrier go on.
-void open_barrier(Block& of, const char* name) {
+// Lets the threads that wait at a barrier go on. Whether any does.
+bool open_barrier(Block& of, const char* name) {
+  const bool any = std::find(of.waiting.begin(), of.waiting.end(), name) != of.waiting.end();
   std::replace(of.waiting.begin(), of.waiting.end(), name, static_cast<const char*>(nullptr));
+  return any;
 }
 
-// Until all threads of the cluster have returned. Those that poll look once before the others run.
-void run_cluster(Cluster& cluster, bool backward) {
+// Until all threads of the cluster have returned. Those that poll look once before the others run. One block after the
+// other is slow for so many rounds, if any: then it goes on where the others cannot.
+void run_cluster(Cluster& cluster, bool backward, int64_t slow_rounds) {
   bool& progress = cluster.progress;
-  while (cluster.live > 0) {
+  bool all = true;  // whether none is left behind
+  for (int64_t round = 0; cluster.live > 0; ++round) {
+    const int64_t slow = slow_rounds > 0 ? round / slow_rounds % static_cast<int64_t>(cluster.blocks.size()) : -1;
     progress = false;
-    for (const auto& b : cluster.blocks) {
+    for (int64_t place = 0; place < static_cast<int64_t>(cluster.blocks.size()); ++place) {
+      const auto& b = cluster.blocks[place];
+      if (place == slow && !all) continue;
       open_barrier(*b, kPolling);
       advance(*b, backward);
       if (b->at_barrier == 0 || b->at_barrier != b->live) continue;
@@ -271,8 +283,9 @@ void run_cluster(Cluster& cluster, bool backward) {
       for (const auto& b : cluster.blocks) open_barrier(*b, kClusterBarrier);
       progress = true;
     }
-    for (const auto& b : cluster.blocks) {
-      if (progress || b->loads.empty()) continue;
+    for (int64_t place = 0; place < static_cast<int64_t>(cluster.blocks.size()); ++place) {
+      const auto& b = cluster.blocks[place];
+      if (progress || b->loads.empty() || (place == slow && !all)) continue;
       enter_block(*b);
       deliver_load(backward);
       progress = true;
@@ -281,7 +294,10 @@ void run_cluster(Cluster& cluster, bool backward) {
       deliver_store(cluster);
       progress = true;
     }
-    if (!progress) fail("no thread can go on");
+    if (!progress)
+      for (const auto& b : cluster.blocks) progress |= open_barrier(*b, kSleeping);
+    if (!progress && all) fail("no thread can go on");
+    all = slow < 0 || !progress;
   }
 }
 
@@ -384,11 +400,17 @@ int poll(const int* global) {
   f.polled = global;
   f.seen = *global;
   // The first two looks may be one to know and one to acquire.
-  if (f.looks >= 2)
+  f.in_vain = f.looks >= 2;
+  if (f.in_vain)
     suspend(kPolling);
   else
     block->cluster->progress = true;
   return *global;
+}
+
+void sleep() {
+  block->running->polled = nullptr;
+  suspend(kSleeping);
 }
 
 int cluster_rank() { return static_cast<int>(block->index % block->cluster->blocks.size()); }
@@ -438,20 +460,22 @@ void wait_for_deferred(int groups_left) {
     for (const auto& work : groups.front()) work();
 }
 
-void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int cluster,
+void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int64_t together,
               const std::function<void()>& kernel) {
+  together = std::clamp<int64_t>(together, 1, blocks);
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   ++grids[name];
   static std::vector<std::unique_ptr<Fiber>> spare;  // their stacks are kept from grid to grid
   const char* order = std::getenv("FAE_EMULATOR_ORDER");
   const bool backward = order && std::string(order) == "backward";
+  const char* slow = std::getenv("FAE_EMULATOR_SLOW");
 
   Cluster state;
   state.kernel_name = name;
   state.kernel = &kernel;
   state.grid = static_cast<unsigned>(blocks);
-  for (int rank = 0; rank < cluster; ++rank) {
+  for (int64_t rank = 0; rank < together; ++rank) {
     state.blocks.push_back(std::make_unique<Block>());
     Block& b = *state.blocks.back();
     b.cluster = &state;
@@ -461,9 +485,10 @@ void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int 
       if (!spare.empty()) spare.pop_back();
     }
   }
-  for (int64_t first = 0; first < blocks; first += cluster) {
-    state.live = threads * cluster;
-    for (int rank = 0; rank < cluster; ++rank) {
+  for (int64_t first = 0; first < blocks; first += together) {
+    state.blocks.resize(std::min(together, blocks - first));  // the last ones may be fewer
+    state.live = threads * static_cast<int>(state.blocks.size());
+    for (size_t rank = 0; rank < state.blocks.size(); ++rank) {
       Block& b = *state.blocks[rank];
       b.index = static_cast<unsigned>(first + rank);
       b.shared.assign(shared, static_cast<char>(0xff));
@@ -473,7 +498,7 @@ void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int 
       b.waiting.assign(threads, nullptr);
     }
     enter_block(*state.blocks[0]);
-    run_cluster(state, backward);
+    run_cluster(state, backward, slow ? std::atoll(slow) : 0);
     if (!state.stores.empty()) fail("a store to another block arrives after its end");
     for (const auto& b : state.blocks) {
       if (!b->loads.empty()) fail("a tensor copy arrives after the block's end");

@@ -8,7 +8,8 @@
 
 // A software model of CUDA thread blocks, so that a machine without a GPU can run the kernels. Every CUDA thread is a
 // fiber; a fiber runs until it reaches an operation that needs others (of its warp, block or cluster) and waits there.
-// Clusters, most of one block, run one after the other, in the order of their index.
+// Clusters, most of one block, run one after the other, in the order of their index; of blocks that wait for others, as
+// many run side by side as the device has multiprocessors.
 //
 // What goes wrong only sometimes on a GPU goes wrong here every time:
 // - Asynchronous copies and products happen when they are waited for, not before: operands overwritten too early and
@@ -16,6 +17,11 @@
 // - Shared memory starts out as NaN.
 // - The lanes of a warp must meet in the same operation: anything else aborts and says where each one is.
 // - FAE_EMULATOR_ORDER=backward runs the warps in the opposite order, which shows missing barriers.
+// - FAE_EMULATOR_SLOW=n lets one after the other of the blocks that run side by side fall behind, for n rounds of the
+//   scheduler, which shows what should wait for it.
+//
+// FAE_EMULATOR_SHARED is the shared memory of a block, in bytes, FAE_EMULATOR_MULTIPROCESSORS how many there are, and
+// FAE_EMULATOR_FREE how many of those other work leaves to blocks that wait for others.
 
 namespace fae::emulator {
 
@@ -74,6 +80,8 @@ inline char* shared_bytes(uint32_t address, int bytes) {
 
 // A number of global memory. A thread that looks at it again and again lets all others run in between.
 int poll(const int* global);
+// Until nobody else can go on.
+void sleep();
 
 // The block's number in its cluster; where all threads of the cluster wait for each other.
 int cluster_rank();
@@ -119,8 +127,9 @@ void wait_for_deferred(int groups_left);
 // sum += a b, for matrices by rows, the columns of b in eights: what tensor cores do.
 void add_product(int rows, int cols, int depth, const float* a, const float* b, float* sum);
 
-// Runs `kernel` on every thread of a grid of one dimension, whose blocks belong to clusters of a size that divides it.
-void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int cluster,
+// Runs `kernel` on every thread of a grid of one dimension, `together` blocks of it at a time: a cluster, whose size
+// divides the grid, or else blocks that may wait for each other.
+void run_grid(const char* name, int64_t blocks, int threads, size_t shared, int64_t together,
               const std::function<void()>& kernel);
 
 }  // namespace fae::emulator

@@ -25,7 +25,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks run one at a time, where they belong to no cluster
+#define __shared__ static  // blocks run one at a time, where they belong to no cluster and don't wait for each other
 
 #define threadIdx (::fae::emulator::thread_index())
 #define blockIdx (::fae::emulator::block_index())
@@ -91,6 +91,13 @@ T atomicAdd(T* address, T value) {
   *address += value;
   return before;
 }
+
+inline int atomicCAS(int* address, int expected, int value) {
+  const int before = *address;
+  if (before == expected) *address = value;
+  return before;
+}
+inline void __nanosleep(unsigned) { fae::emulator::sleep(); }
 
 template <class T>
 T __ldcg(const T* address) {

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "../core/band.h"
 #include "../core/philox.h"
@@ -62,16 +63,38 @@ void bind_schedule(py::module_& m) {
         GridSchedule schedule(batch, heads, seqlen, block_rows, cu_seqlens.empty() ? nullptr : cu_seqlens.data(),
                               total);
         schedule.last_first = order == "last";
-        order == "turns" ? schedule.take_turns(run, group, 2 * group) : schedule.group_pairs(group, run);
+        if (order == "rounds") schedule.wave = Round::kMost;
+        if (order == "turns" || order == "rounds")
+          schedule.take_turns(run, group, 2 * group, order == "turns");
+        else
+          schedule.group_pairs(group, run);
         std::vector<std::array<int64_t, 3>> tiles;
-        for (int64_t i = 0; i < schedule.size(); ++i)
-          tiles.push_back({schedule[i].batch, schedule[i].head, schedule[i].block});
+        const auto find = [](const PackedBlocks& blocks, int32_t number) { return blocks[number]; };
+        for (int64_t i = 0; i < schedule.size(); ++i) {
+          const Tile tile = schedule.tile<true>(static_cast<uint32_t>(i), find);
+          tiles.push_back({tile.batch, tile.head, tile.block});
+        }
         return tiles;
       },
       "batch"_a, "heads"_a, "seqlen"_a, "block_rows"_a, "cu_seqlens"_a, "total"_a, "group"_a, "order"_a, "run"_a = 1,
       "[batch, head, block] of every task of a grid, in order; packed where cu_seqlens is not empty. order: 'first' or "
-      "'last' block of a head first, or what 'turns' of runs of `run` heads need. group: of"
-      " pairs of batch and run, so many go together or, in turns, up to twice as many.");
+      "'last' block of a head first, or what 'turns' of runs of `run` heads need, or blocks that go round in 'rounds'. "
+      "group: of pairs of batch and run, so many go together or, in turns, up to twice as many.");
+  m.def(
+      "round_walks",
+      [](int key_blocks, int query_blocks) {
+        std::vector<std::tuple<int, int, int, std::vector<int>>> walks;
+        for (int block = 0; block < key_blocks; ++block) {
+          const Round round(block, Round::size(key_blocks, query_blocks), query_blocks);
+          std::vector<int> visits;
+          for (int i = 0; i < query_blocks; ++i) visits.push_back(round.visit(block, i));
+          walks.emplace_back(round.first, round.members, round.begin(block), visits);
+        }
+        return walks;
+      },
+      "key_blocks"_a, "query_blocks"_a,
+      "Of every key block: first block and size of its wave, the query block where it begins, and its "
+      "visit's number at each.");
 }
 
 void bind_dropout(py::module_& m) {

@@ -227,11 +227,11 @@ class BackwardComputer {
       Part prob;
       prob.lane = opaque(lane_index());
       Part::for_each_row([&](int m, int half) {
-        const float lse = folded_statistic(memory_.statistics(q_stage()), 16 * k + prob.row(m, half), 0) * scale_log2_;
+        const float lse = folded_statistic(memory_.statistics(q_stage()), 16 * k + prob.row(m, half), 0);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = scores.at(2 * k + m, half, 0, e);
-          const float p = cuda::exp2_approx(x + lse);
+          const float p = cuda::exp2_approx(fmaf(lse, scale_log2_, x));
           prob.at(m, half, 0, e) = p;
           x = p * fmaf(x * x, inverse_square, 1.0f);
         }
@@ -508,6 +508,7 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
                     space.ticket(),
                     space.turns(),
                     space.dq_partial,
+                    space.waves(p),
                     space.others(),
                     space.dkv_partial,
                     cuda::ScoreConstants(p),
@@ -526,7 +527,7 @@ void run_shared_kernel(const BackwardProblem& p, const BackwardSpace<Config>& sp
     if (direct_dbias) call.dbias = make_tensor_map<typename Memory::DS>(p.dtype, p.dbias);
   const int64_t blocks = std::min<int64_t>(tasks.most(), cuda::multiprocessors());
   const cuda::Grid grid{
-      .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true};
+      .blocks = blocks, .threads = Config::kThreads, .shared_bytes = Memory::kBytes, .overlaps = true, .waits = true};
   cuda::launch("sm90 backward", backward_kernel<T, Config, kTerms>, grid, execution.stream, call);
 }
 
@@ -541,6 +542,8 @@ void run_backward(const BackwardProblem& problem, const Execution& execution) {
   if constexpr (!Config::kSeparate) {
     order = cuda::task_order<T, Config>(problem.heads, problem.heads / problem.heads_kv, cuda::multiprocessors());
     order.even = !problem.uneven();
+    order.alternates = !space.may_go_round(problem);
+    order.rounds = space.rounds(problem);
   }
   const BackwardProblem p = cuda::prepare_backward(problem, space, statistics, order, execution);
   if (p.dsinks) cuda::compute_dsinks(p, execution);

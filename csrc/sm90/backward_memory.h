@@ -20,6 +20,7 @@ struct BackwardCall {
   unsigned long long* ticket;  // of tasks taken
   int* turns;                  // [head or batch x head][a query block's last place]: visitors that are done
   float* dq_partial;           // [head or batch x head][place]: sums, in the order of the threads that hold them
+  int* waves;                  // [head or batch x head][a wave's first key block]: Wave; null: blocks don't go round
   int* key_turns;              // [KV head or batch x KV head][key block][warp]: query heads that are done
   float* dkv_partial;          // the same by block, as dq_partial
   cuda::ScoreConstants constants;
@@ -37,10 +38,12 @@ struct alignas(16) KeyBlock {
   int q_start = 0, k_start = 0;
   cuda::DeviceBand band = {};
   int slot = 0;   // of the block's dK and dV
-  int flags = 0;  // kLastHead, and from kRank on the number of query heads before that add to them
+  int flags = 0;  // and from kRank on the number of query heads before that add to them
 
-  static constexpr int kLastHead = 1, kRank = 1;
+  // kAgain: dK and dV are with another task, this one makes up for visits to dQ (backward_movers.h).
+  static constexpr int kLastHead = 1, kAgain = 2, kRank = 2;
   __device__ int rank() const { return flags >> kRank; }
+  __device__ bool again() const { return flags & kAgain; }
   __device__ bool last_head() const { return flags & kLastHead; }
 };
 
@@ -50,10 +53,11 @@ struct alignas(16) Step {
   int last_place = 0;  // of the query block, whose first ones may not exist; -1: there are no more
   int flags = 0;       // and the visit's number from kRank on
 
-  // kEdge << piece: some row does not see all of these 64 keys.
-  static constexpr int kLastVisit = 1, kEdge = 2, kRank = 4;
+  // kEdge << piece: some row does not see all of these 64 keys. kNoVisit: another task makes up for it.
+  static constexpr int kLastVisit = 1, kEdge = 2, kNoVisit = 8, kRank = 4;
   __device__ int rank() const { return flags >> kRank; }
   __device__ bool last_visit() const { return flags & kLastVisit; }
+  __device__ bool no_visit() const { return flags & kNoVisit; }
   __device__ bool is_edge(int piece) const { return flags >> piece & kEdge; }
 };
 
@@ -73,6 +77,7 @@ struct BackwardMemory {
   using QueryBuffers = NumberedBuffers<Config::kStagesQ>;  // of Q and the statistics
   static constexpr int kStepStages = 4;                    // a step is looked at once more during the next
   static_assert(kStepStages > Config::kStagesQ);
+  static_assert(Config::kKeyPieces <= 2, "Step::kEdge << piece is a bit of its own");
   using StepBuffers = NumberedBuffers<kStepStages>;
 
   // What products read doubled comes first: compute-sanitizer takes them to read as many bytes as others do, and there

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backward_memory.h"
+#include "backward_wave.h"
 #include "tensor_map.h"
 
 // The warps of the backward that do not compute: one loads, two keep the order of the visits to dQ, and one stores the
@@ -37,8 +38,11 @@ class BackwardLoader {
   __device__ void run() {
     // A ticket is drawn when all of the block before it is on its way: those who wait for it expect it to begin soon.
 #pragma unroll 1
-    for (unsigned number = take(); number < call_.tasks.size(); number = take())
-      load(call_.tasks.tile(number, find_block));
+    while (true) {
+      const unsigned number = take();
+      if (number >= call_.tasks.size()) break;
+      run_task(call_.tasks.template tile<Config::kGoesRound>(number, find_block));
+    }
     publish({.batch = -1});
     wait_q_empty();
     if (first_) {
@@ -48,15 +52,29 @@ class BackwardLoader {
   }
 
  private:
-  // Tickets rather than block indices: a thread block waits for visits of lower tickets, which are certain to run.
+  // Tickets rather than block indices: a thread block waits for visits of lower tickets, which are certain to run, and
+  // of others only when these run (backward_wave.h).
   __device__ unsigned take() const {
     return static_cast<unsigned>(uniform(first_ ? static_cast<int>(atomicAdd(call_.ticket, 1ull)) : 0));
   }
 
-  __device__ void load(const Tile& tile) {
+  // The last task of a wave that was given up makes up for the visits of those before it (backward_wave.h).
+  __device__ void run_task(const Tile& tile) {
+    int missed = 0;
+#pragma unroll 1
+    do {
+      const bool again = missed > 0;
+      const int before = load({tile.batch, tile.head, tile.block - missed}, again);
+      missed = again ? missed - 1 : before;
+    } while (missed > 0);
+  }
+
+  // Loads all steps of a task or, again, those of which it made no visits. Returns for how many tasks before this one
+  // that has to be done.
+  __device__ int load(const Tile& tile, bool again) {
     const bool last_first = call_.tasks.is_last_first(tile.head);
     const Sequence s = sequence_of(p_, tile.batch);
-    if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return;
+    if (tile.block < 0 || tile.block * Config::kKeys >= s.seqlen_k) return 0;
     const int batch = static_cast<int>(tile.batch), block = static_cast<int>(tile.block);
     const int group = static_cast<int>(static_cast<unsigned>(p_.heads) / static_cast<unsigned>(p_.heads_kv));
     const int key = block * Config::kKeys;
@@ -67,19 +85,30 @@ class BackwardLoader {
     // Where no query sees the keys, whatever its head, one task writes the zeros.
     const int first_head = static_cast<int>(tile.head), rank = first_head % group;
     const int heads = blocks == 0 || s.seqlen_q <= Config::kFewRows ? group : 1;
-    if (heads > 1 && rank > 0) return;
+    if (heads > 1 && rank > 0) return 0;
+    const bool rounds = Config::kGoesRound && call_.waves && heads == 1;
+    const Round round(block, rounds ? Round::size(ceil_div(band.seqlen_k, Config::kKeys), blocks) : 1, blocks);
+    const bool goes_round = Config::kGoesRound && round.members > 1;
+    // The step that goes on with the last query block.
+    const int back = round.begin(block) + 1;
+    const int start = again ? blocks - 1 : back - 1, steps = again ? blocks - back : blocks;
     KeyBlock keys;
     keys.batch = batch;
     keys.head_kv = first_head / group;
     keys.key_begin = key;
-    keys.steps = heads * blocks;
+    keys.steps = heads * steps;
     keys.q_start = static_cast<int>(s.q_start);
     keys.k_start = static_cast<int>(s.k_start);
     keys.band = band;
     keys.slot = block + first_slot(call_.key_blocks, batch, keys.head_kv, static_cast<int>(p_.heads_kv),
                                    call_.key_blocks_per_head);
     keys.flags = rank << KeyBlock::kRank | (rank + heads == group ? KeyBlock::kLastHead : 0);
+    if (again) keys.flags |= KeyBlock::kAgain;
     if (keys.steps == 0) publish(keys);
+    const bool makes_up = goes_round && round.is_last(block) && !wave_of(batch, first_head, round).make_whole();
+    bool visits_dq = true;
+    // So many that they take about as long as it would to make up for the visits.
+    int looks = kLooksPerStep * blocks * max(round.members / 2, 1);
 
 #pragma unroll 1
     for (int head = first_head; head < first_head + heads; ++head) {
@@ -87,24 +116,51 @@ class BackwardLoader {
       const int place0 =
           (Config::kRows - 1 - before) / Config::kPlaceRows +
           first_slot(call_.query_places, batch, head, static_cast<int>(p_.heads), call_.query_places_per_head);
+      // Key blocks that were handed out from the first one on walk the queries towards the start, others towards the
+      // end: each follows its predecessor at a distance, unless they go round.
 #pragma unroll 1
-      for (int i = 0; i < blocks; ++i) {
-        // Key blocks that were handed out from the first one on walk the queries from the end, others from the start:
-        // each follows its predecessor at a distance.
-        const int query_block = first_block + (last_first ? i : blocks - 1 - i);
+      for (int i = 0; i < steps;) {
+        int number = last_first ? i : start - i;
+        if (number < 0) number += blocks;
+        if (goes_round && i == back && !again) {
+          const Wave wave = wave_of(batch, head, round);
+          if (looks > 0 && wave.is_open()) {
+            --looks;
+            continue;
+          }
+          visits_dq = wave.is_whole_or_given_up();
+        }
+        const int query_block = first_block + number;
         const int row = query_block * Config::kRows - before, row_end = min(row + Config::kRows, band.seqlen_q);
         const auto visible = band.any(max(row, 0), row_end), every = band.every(max(row, 0), row_end);
         const int first = visible.begin / Config::kKeys, visits = ceil_div(visible.end, Config::kKeys) - first;
-        const int visit = last_first ? first + visits - 1 - block : block - first;
+        const int visit =
+            last_first ? first + visits - 1 - block : (goes_round ? round.visit(block, number) : block) - first;
         Step step{row, head, place0 + query_block * (Config::kRows / Config::kPlaceRows), visit << Step::kRank};
         if (visit == visits - 1) step.flags |= Step::kLastVisit;
+        if (!visits_dq) step.flags = Step::kNoVisit | Step::kLastVisit;
         for (int piece = 0; piece < Config::kKeyPieces; ++piece) {
           const int begin = key + piece * kWarpgroupRows;
           if (every.begin > begin || every.end < begin + kWarpgroupRows) step.flags |= Step::kEdge << piece;
         }
         load_rows(keys, step, head == first_head && i == 0);
+        ++i;
       }
     }
+    if (!visits_dq) {
+      wait_for_rows();
+      wave_of(batch, first_head, round).leave();
+    }
+    if (!makes_up) return 0;
+    wave_of(batch, first_head, round).wait_for_others(round.members);
+    return round.members - 1;
+  }
+
+  // At whether a wave is whole: they take as long as a step of scores without terms.
+  static constexpr int kLooksPerStep = 3;
+  __device__ Wave wave_of(int batch, int head, const Round& round) const {
+    return Wave(call_.waves + round.first +
+                first_slot(call_.key_blocks, batch, head, static_cast<int>(p_.heads), call_.key_blocks_per_head));
   }
 
   // The first slot, or place, of a sequence and head.
@@ -114,6 +170,11 @@ class BackwardLoader {
 
   __device__ void wait_q_empty() const {
     wait(memory_.q_empty(QueryBuffers::stage(step_)), QueryBuffers::parity(step_) ^ 1);
+  }
+  // Until Q and the statistics of all steps so far have arrived.
+  __device__ void wait_for_rows() const {
+    for (unsigned number = step_ - min(step_, Config::kStagesQ); number != step_; ++number)
+      wait(memory_.q_full(QueryBuffers::stage(number)), QueryBuffers::parity(number));
   }
 
   // Tells those that compute about a key block, with K and V where any rows see it. The places of K and V become free
@@ -234,7 +295,7 @@ __device__ void store_dbias(const BackwardCall& call, const BackwardMemory<T, Co
       const int stage = Buffers::stage(number);
       wait(memory.ds_full(stage), Buffers::parity(number));
       const Step step = read_struct_alone<Step>(memory.step(number));
-      if (call.direct_dbias) {
+      if (call.direct_dbias && !keys.again()) {
         store_overlay_tile(memory.ds(stage), call.dbias, call.p.dbias, step.row_begin, keys.key_begin, step.head,
                            keys.batch);
         commit_stores();

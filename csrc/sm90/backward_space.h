@@ -49,6 +49,20 @@ struct BackwardSpace : cuda::BackwardSpace {
     return p.heads == p.heads_kv || few_rows ? 0 : (p.cu_seqlens_k ? 1 : p.batch) * p.heads_kv * key_blocks_of(p);
   }
 
+  // Whether blocks of keys may go round. Which ones do follows from their sequence alone, and so does the order of the
+  // others: it is the same for all of a head wherever some may.
+  static bool may_go_round(const BackwardProblem& p) {
+    return Config::kGoesRound && p.window_left == kUnlimited && p.window_right == kUnlimited;
+  }
+  // Whether any may of this call, on this card: smaller ones would have room for one large wave, and then for none.
+  static bool rounds(const BackwardProblem& p) {
+    if (!may_go_round(p) || cuda::multiprocessors() < 2 * Round::kMost) return false;
+    if (p.lengths_in_tensors()) return true;
+    const bool few_rows = p.heads != p.heads_kv && p.max_seqlen_q <= Config::kFewRows;
+    return !few_rows && Round::size(key_blocks_of(p), ceil_div(p.max_seqlen_q, int64_t{Config::kRows})) > 1;
+  }
+  int* waves(const BackwardProblem& p) const { return rounds(p) ? others() + key_turns(p) : nullptr; }
+
   // For copies of the statistics of so many rows, which begin a group; a copy's row is the group's number.
   TensorMap statistics_map(const BackwardProblem& p, int box_rows) const {
     const int group = 1 << statistics.group_bits;
@@ -74,9 +88,12 @@ struct BackwardSpace : cuda::BackwardSpace {
   static int64_t key_blocks_of(const BackwardProblem& p) {
     return p.cu_seqlens_k ? packed_key_blocks(p).size() : ceil_div(p.max_seqlen_k, int64_t{Config::kKeys});
   }
+  static int64_t key_turns(const BackwardProblem& p) {
+    return shared_key_blocks(p) * 4 * Config::kWarpgroups * (Config::kSeparate ? 2 : 1);
+  }
   static int64_t key_counters(const BackwardProblem& p) {
-    return shared_key_blocks(p) * 4 * Config::kWarpgroups * (Config::kSeparate ? 2 : 1) +
-           (Config::kSeparate ? kGradientKernels : 0);
+    const int64_t waves = may_go_round(p) ? (p.cu_seqlens_k ? 1 : p.batch) * p.heads * key_blocks_of(p) : 0;
+    return key_turns(p) + waves + (Config::kSeparate ? kGradientKernels : 0);
   }
 };
 

@@ -94,6 +94,7 @@ __device__ __forceinline__ void visit_dq(const BackwardCall& call, Accumulator<1
   const int first = step.last_place + 1 - Config::kRows / Config::kPlaceRows;
   float* const partial = call.dq_partial + int64_t{first} * Config::kPlaceRows * Config::kDim;
   const int begin = Config::kPlaceRows < Config::kRows ? max(-step.row_begin, 0) / Config::kPlaceRows : 0;
+  if (step.no_visit()) return;
   if (!step.last_visit()) return leave<kStep>(partial, piece, dq, step.rank(), begin);
   collect<kStep>(partial, piece, dq, step.rank(), begin);
   write(dq);
@@ -117,6 +118,7 @@ __device__ __forceinline__ void take_turn(int* done, int rank, bool last, Leave&
 template <class Config, class Leave, class Collect>
 __device__ __forceinline__ void visit_keys(const BackwardCall& call, const KeyBlock& keys, int warp, Leave&& leave,
                                            Collect&& collect) {
+  if (keys.again()) return;
   float* const partial = call.dkv_partial + int64_t{keys.slot} * 2 * Config::kKeys * Config::kDim;
   take_turn(
       call.key_turns + keys.slot * 4 * Config::kWarpgroups + warp, keys.rank(), keys.last_head(),

@@ -121,6 +121,7 @@ struct BackwardBlock {
   static constexpr int kStages = 2, kStagesQ = 2;  // of dO, and of the dS of query blocks; of Q, in shared memory
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr bool kSeparate = false;
+  static constexpr bool kGoesRound = false;       // where all rows see all keys (core/schedule.h, Round)
   static constexpr Terms kOverlay = Terms::none;  // overlay.h
 
   // Rows up to which one task walks through all query heads that share its keys, instead of a task for each of them:
@@ -152,6 +153,7 @@ struct BackwardTile : BackwardBlock<kRows, 2 * kWarpgroupRows, kDim> {
   static constexpr int kStagesQ = 3;
   // dQ^T, [dim][rows], is shared out between the warpgroups by columns of K, 64 each, or else by rows.
   static constexpr bool kSharesDim = kDim == 2 * 64;
+  static constexpr bool kGoesRound = kDim == 128;  // head dim 64 was measured to gain nothing
   static constexpr int kQueryRows = kSharesDim ? kRows : kRows / 2;
   static constexpr int kEarlyParts =
       kDim == 64 ? kRows / 16 : 1;  // of 16 rows, whose general P is computed while dP is
