@@ -12,6 +12,7 @@ every unmet constraint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -106,11 +107,10 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32. With return_attn_probs, lse is (heads, total_q). block_table has to
     be None: there is no paged cache of keys and values yet.
     """
-    function = "flash_attn_varlen_func"
-    if block_table is not None:
-        raise InputError(function, ["block_table must be None: paged keys and values are not supported"])
+    unmet = [] if block_table is None else ["block_table must be None: paged keys and values are not supported"]
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return _attend(function, q, k, v, options, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _attend("flash_attn_varlen_func", q, k, v, options, lengths, unmet)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -166,15 +166,22 @@ def _unpack(function: str, name: str, packed: Tensor, count: int, layout: str) -
 
 
 def _attend(
-    function: str, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], lengths: tuple[Any, ...] = (None,) * 4
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: tuple[Any, ...],
+    lengths: tuple[Any, ...] = (None,) * 4,
+    unmet: Sequence[str] = (),
 ) -> Any:
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs = options
-    scores, unmet = scores_of(causal, window_size, softmax_scale, softcap, alibi_slopes, lengths)
+    scores, wrong = scores_of(causal, window_size, softmax_scale, softcap, alibi_slopes, lengths)
     rng_state = None
     if return_attn_probs and isinstance(q, Tensor) and is_number(dropout_p) and float(dropout_p) > 0:
         rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+    lines = [*unmet, *wrong]
     out, lse = attend(
-        function, q, k, v, unmet, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
+        function, q, k, v, lines, dropout_p=dropout_p, rng_state=rng_state, deterministic=deterministic, **scores
     )
     counts.count("flash_attn")
     if not return_attn_probs:

@@ -189,9 +189,9 @@ def test_return_attn_probs_of_packed_sequences() -> None:
 def test_paged_keys_are_refused() -> None:
     q = normal(5, 2, 8)
     cu_seqlens = int32((0, 5))
-    with pytest.raises(InputError, match="block_table must be None"):
+    with pytest.raises(InputError, match=r"block_table must be None.*\n.*dropout_p must"):  # with all that is wrong
         flash_attn_ext.flash_attn_varlen_func(
-            q, q, q, cu_seqlens, cu_seqlens, 5, 5, block_table=torch.zeros(1, 1, dtype=torch.int32)
+            q, q, q, cu_seqlens, cu_seqlens, 5, 5, dropout_p=2.0, block_table=torch.zeros(1, 1, dtype=torch.int32)
         )
 
 
