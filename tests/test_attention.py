@@ -429,3 +429,14 @@ def test_public_function_is_the_op(device: str, case: Case, monkeypatch: pytest.
     assert public.keys() == op.keys()
     for name, expected in op.items():
         assert torch.equal(public[name], expected), name
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("head_dim", [128, 256, 512])
+def test_scores_of_large_head_dims_are_as_exact_as_of_small_ones(device: str, head_dim: int) -> None:
+    """Of 512 positive addends, a single chain has 4.6 * 2^-24 in the mean, of 256 it has 3.6, of 128 it has 2.6."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(1, rows, 1, head_dim, generator=generator) for rows in (64, 1))
+    _, lse = flash_attn_ext.attention(q, k, k, softmax_scale=1.0, return_lse=True)  # of one key: its score
+    expected = (q.double() * k.double()).sum(-1).transpose(1, 2)
+    assert ((lse - expected) / expected).square().mean().sqrt() < 3 * 2**-24

@@ -156,7 +156,7 @@ class BackwardLoader {
     return round.members - 1;
   }
 
-  // At whether a wave is whole: they take as long as a step of scores without terms.
+  // At whether a wave is whole. By estimate, not measured: they take about as long as a step of scores without terms.
   static constexpr int kLooksPerStep = 3;
   __device__ Wave wave_of(int batch, int head, const Round& round) const {
     return Wave(call_.waves + round.first +
